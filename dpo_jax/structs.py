@@ -1,0 +1,147 @@
+"""Every type that crosses a file.
+
+The axis letters, one meaning each in the whole repository:
+
+    R packed rows          T tokens of a row        S key/value tokens
+    N scored tokens a row  G group slots of a row   K responses of a group
+    B groups or sequences once flattened            C criteria
+    V vocabulary           D model width            H query heads
+    J key/value heads      E head width             F mlp width      L layers
+
+`flax.struct.dataclass` is for what lives on a device, frozen `dataclasses.dataclass` for what
+lives on the host. Argument order everywhere: params, frozen, memory, batch, key.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array | np.ndarray
+Key = jax.Array
+Params = Any  # a pytree of arrays whose names end in their axis letters
+Memory = dict[str, Any]  # what changes and is not trained
+Metrics = dict[str, jax.Array]
+
+
+class BadInput(ValueError):
+    """Unusable input: the message says what, where and what to do; the command exits with 2."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One prompt and its K responses, tokenised apart (numpy, on the host).
+
+    prompt: int32 ids, never empty. responses: K arrays of int32 ids, best to worst.
+    scored: K boolean arrays, the tokens that count inside a response (all where None).
+    scores: (K, C) float. record: index of the group in its source.
+    """
+
+    prompt: np.ndarray
+    responses: Sequence[np.ndarray]
+    scored: Sequence[np.ndarray] | None = None
+    scores: np.ndarray | None = None
+    label: float | None = None
+    soft_label: float | None = None
+    margin: float | None = None
+    weight: float = 1.0
+    record: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Places of a row that the group takes: the prompt once and every response."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+
+@struct.dataclass
+class Batch:
+    """Rows that pack whole groups; query q sees key k when k <= q < until[k]."""
+
+    tokens_RT: Array  # int32
+    positions_RT: Array  # int32; positions of every response go on from its prompt
+    until_RT: Array  # int32; the first place in the row that no longer sees this token
+    target_RN: Array  # int32; the scored token
+    source_RN: Array  # int32; the place whose hidden state predicts it
+    slot_RN: Array  # int32; g*K + k, the response of the scored token; -1 = unused
+    end_RGK: Array  # int32; place of the response's last token; -1 = no such response
+    weight_RN: Array  # float32; measure over scored tokens, 0 = unused
+    weight_RG: Array  # float32; measure over groups, 0 = empty
+    record_RG: Array  # int32; index of the group in its source; -1 = empty
+    score_RGKC: Array | None = None
+    label_RG: Array | None = None
+    soft_label_RG: Array | None = None
+    margin_RG: Array | None = None
+    ref_logp_RN: Array | None = None
+    old_logp_RN: Array | None = None
+    advantage_RN: Array | None = None
+    return_RN: Array | None = None
+    value_RN: Array | None = None
+    shared: Mapping[str, Array] = field(default_factory=dict)  # scalars, never split
+
+
+@struct.dataclass
+class Scored:
+    """All that a preference loss may know of B groups; K runs best to worst."""
+
+    logp_BK: Array
+    ref_logp_BK: Array | None = None
+    length_BK: Array | None = None
+    mask_BK: Array | None = None
+    weight_B: Array | None = None
+    score_BKC: Array | None = None
+    label_B: Array | None = None
+    soft_label_B: Array | None = None
+    margin_B: Array | None = None
+    kl_BK: Array | None = None  # KL(reference, policy) summed over the response
+    aligned_BK: Array | None = None  # WPO's log-weight of the response
+    kl: Array | None = None  # scalar of the batch (KTO)
+    delta: Array | None = None  # scalar of the batch (BCO)
+
+
+@struct.dataclass
+class TrainState:
+    step: Array  # int32
+    params: Params
+    opt_state: Any  # what the optimizer keeps, shaped like the parameters
+    memory: Memory
+    skipped: Array  # int32; updates left out because the gradient was not finite
+
+
+class Model(NamedTuple):
+    """A decoder as three pure functions; `params` is join(trained, frozen)."""
+
+    init: Callable[[Key], Params]
+    # (params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)
+    hidden: Callable[..., tuple[jax.Array, Any]]
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params, hidden_...D) -> logits_...V
+
+
+class Algorithm(NamedTuple):
+    """A way to train, as pure functions.
+
+    init(key, params, frozen) -> (params, memory): adds heads; memory is checkpointed.
+    collect(state, frozen, batch, key) -> (batch, memory): completes the batch.
+    measure(batch) -> batch: turns the raw weights of a whole step into measures.
+    objective(params, frozen, memory, batch, key) -> (scalar, metrics): always traced; every
+        value is a sum under the measures, so the parts of a split batch add up.
+    frozen: names of the frozen weights it reads; `reference` is the policy at step 0.
+    fused: collect is traceable too, the loop compiles both as one step.
+    passes, minibatches: optimizer passes over a collected batch, and the parts of a pass.
+    """
+
+    init: Callable[..., tuple[Params, Memory]]
+    collect: Callable[..., tuple[Batch, Memory]]
+    measure: Callable[[Batch], Batch]
+    objective: Callable[..., tuple[jax.Array, Metrics]]
+    passes: int = 1
+    minibatches: int = 1
+    fused: bool = False
+    frozen: tuple[str, ...] = ()
+
+
+def join(trained: Params, frozen: Mapping[str, Params]) -> Params:
+    """The tree a Model is called with: with adapters {'base', 'lora'}, else the trained weights."""
+    return {"base": frozen["base"], **trained} if "base" in frozen else trained
