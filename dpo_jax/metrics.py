@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -200,7 +200,7 @@ def _trim(path: epath.Path, start: int) -> None:
         except (ValueError, KeyError, TypeError):
             if place < len(lines):
                 raise BadInput(
-                    f"{path}:{place}: not a line of metrics; move the file away"
+                    f"{path}:{place}: not a line of this run; move the file away"
                 ) from None
             continue
         if step <= start:
@@ -209,6 +209,14 @@ def _trim(path: epath.Path, start: int) -> None:
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("".join(kept))
         beside.replace(path)
+
+
+def append_rows(path: epath.Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append the rows of a step as JSON lines; what a killed run wrote at or after it goes."""
+    if jax.process_index() == 0:
+        _trim(path, step - 1)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class Writer:
@@ -239,11 +247,12 @@ class Writer:
         self._since: float | None = None  # the clock; None while it stands
         self._seconds = self._tokens = self._flops = 0.0  # since the last line
         self._note = ""
+        self._read: Mapping[str, Any] = {}
         self._lines = self._events = self._progress = None
         if jax.process_index() == 0:
             folder = epath.Path(directory)
             folder.mkdir(parents=True, exist_ok=True)
-            _trim(folder / "metrics.jsonl", start)
+            _trim(folder / "metrics.jsonl", start or -1)  # a run without a checkpoint starts anew
             self._lines = (folder / "metrics.jsonl").open("a")
             self._events = _events(folder / "tensorboard", start) if tensorboard else None
             self._progress = Progress(total, title, done=start) if progress else None
@@ -256,8 +265,10 @@ class Writer:
 
     def push(
         self, step: int, metrics: Mapping[str, Any], *, tokens: int = 0, flops: float = 0.0
-    ) -> None:
+    ) -> Mapping[str, Any]:
         """Take the device scalars of `step`, just dispatched; wait for and write the push before.
+
+        Returns what was read last, the host values of an earlier step ({} before the second push).
 
         `tokens` and `flops` of the step become tokens_per_second and mfu: their sums over the
         steps since the last line, over the time these took. The clock starts with the first push
@@ -267,6 +278,7 @@ class Writer:
         if self._since is None:
             self._since = time.perf_counter()
         self._pending = (step, metrics, tokens, flops)
+        return self._read
 
     def flush(self) -> None:
         """Wait for and write the last push. A must before a checkpoint of its step is saved:
@@ -274,7 +286,7 @@ class Writer:
         if self._pending is None or self._since is None:
             return
         (step, metrics, tokens, flops), self._pending = self._pending, None
-        values = jax.device_get(dict(metrics))
+        self._read = values = jax.device_get(dict(metrics))
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now

@@ -1,0 +1,246 @@
+"""What the values of an experiment become: tokenizer, model, weights, groups, sampled pairs."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from dpo_jax import parallel, rundir
+from dpo_jax.data import sources, template
+from dpo_jax.data.loader import Loader, sequential
+from dpo_jax.evaluate import Completions, completions
+from dpo_jax.experiment import Experiment, Sampled, digest
+from dpo_jax.metrics import flops_per_token, progress
+from dpo_jax.models.transformer import Config, decoder
+from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
+
+SAMPLED_AT_ONCE = 256  # prompts
+HELD_OUT_GROUPS = 128  # groups of one evaluation batch
+Records = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Materials:
+    """What an experiment starts from: its parent's weights and its records."""
+
+    params: Params | None  # None = drawn from run.seed
+    data: Records
+    held_out: Records
+    prompts: Records
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything the loop needs, on the mesh."""
+
+    mesh: jax.sharding.Mesh
+    model: Model
+    algorithm: Algorithm
+    params: Params  # the weights it starts from
+    frozen: dict[str, Params]
+    tokenizer: Any
+    loader: Loader
+    held_out: list[Batch]
+    prompts: Records
+    flops_per_token: float
+
+
+def mesh(experiment: Experiment) -> jax.sharding.Mesh:
+    """The mesh of run.mesh over all devices."""
+    return parallel.make_mesh(**asdict(experiment.run.mesh))
+
+
+def config(experiment: Experiment) -> Config:
+    """The architecture: the experiment's own, or that of its parents."""
+    if experiment.model is not None:
+        return experiment.model
+    if isinstance(experiment.parent, Experiment):
+        return config(experiment.parent)
+    return Config(**rundir.read(epath.Path(experiment.parent))["model"])
+
+
+def model(experiment: Experiment) -> Model:
+    """The decoder in the run's dtype; equal values give the same object and its compilations."""
+    return _decoder(config(experiment), experiment.run.dtype, experiment.run.remat)
+
+
+@lru_cache(maxsize=16)
+def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
+    return decoder(architecture, dtype=dtype, remat=remat)
+
+
+def tokenizer(experiment: Experiment) -> Any:
+    """The tokenizer of data.tokenizer: what a function makes, or read from a folder or name."""
+    made = experiment.data.tokenizer
+    if callable(made):
+        return made()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(made)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"data.tokenizer={made}: no tokenizer there ({reason})") from None
+
+
+def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
+    """Parent and records; `run` trains what is missing among parents and sampled data."""
+    parent, params = experiment.parent, None
+    if isinstance(parent, Experiment):
+        params = run(parent).params
+    elif parent is not None:
+        params = rundir.load_weights(epath.Path(parent), model(experiment), mesh(experiment))
+    on_bad, wanted = experiment.data.on_bad, experiment.evaluation
+    return Materials(
+        params=params,
+        data=read_records("data.source", experiment.data.source, run, on_bad),
+        held_out=read_records("evaluation.source", wanted.source, run, on_bad),
+        prompts=read_records("evaluation.prompts", wanted.prompts, run, on_bad),
+    )
+
+
+def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
+    """Model, weights, algorithm and batches, on the mesh."""
+    made, options, decoder_model = tokenizer(experiment), experiment.run, model(experiment)
+    architecture = config(experiment)
+    if len(made) > architecture.V:
+        raise BadInput(f"model.V={architecture.V} is less than the tokenizer's {len(made)} tokens")
+    algorithm = experiment.algorithm(decoder_model)
+    if set(algorithm.frozen) - {"reference"}:
+        raise BadInput(
+            f"the algorithm wants {algorithm.frozen}; the only frozen weights are `reference`"
+        )
+    rows = parallel.row_multiple(mesh)
+    size = {"row_tokens": experiment.data.row_tokens}
+    loader = Loader(
+        _groups(experiment, "data.source", given.data, made),
+        step_groups=experiment.data.groups,
+        seed=options.seed,
+        steps=options.steps,
+        rows_multiple=rows * options.microbatches,
+        **size,
+    )
+    held_out: list[Batch] = []
+    if given.held_out:
+        groups = _groups(experiment, "evaluation.source", given.held_out, made)
+        held_out = list(sequential(groups, step_groups=HELD_OUT_GROUPS, rows_multiple=rows, **size))
+    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
+    places = parallel.shardings(mesh, shapes)
+    if given.params is None:
+        draw = jax.jit(decoder_model.init, out_shardings=places)
+        params = draw(jax.random.key(options.seed))
+    else:
+        params = jax.device_put(given.params, places)
+    passes = 3 + len(algorithm.frozen)  # forward, backward twice as much, a forward per reference
+    return Setup(
+        mesh=mesh,
+        model=decoder_model,
+        algorithm=algorithm,
+        params=params,
+        # a copy: the loop donates the policy's arrays
+        frozen={name: jax.tree.map(jnp.copy, params) for name in algorithm.frozen},
+        tokenizer=made,
+        loader=loader,
+        held_out=held_out,
+        prompts=given.prompts,
+        flops_per_token=flops_per_token(shapes, passes=passes),
+    )
+
+
+def read_records(role: str, source: Any, run: Callable[..., Any], on_bad: str = "stop") -> Records:
+    """The records of a source (none for None); sampled ones are made when missing."""
+    if source is None:
+        return []
+    if isinstance(source, Sampled):
+        source = str(sampled_pairs(source, run))
+    found, faults = sources.read(source, on_bad=on_bad)
+    if faults:
+        rundir.say(f"{role}: skipped {_counted(faults)}")
+    return found
+
+
+def _groups(experiment: Experiment, role: str, found: Records, made: Any) -> list[Group]:
+    """Tokenised groups of one role; what was dropped is said once."""
+    data = experiment.data
+    groups, dropped = template.tokenize(
+        found, made, row_tokens=data.row_tokens, truncation=data.truncation
+    )
+    if dropped:
+        rundir.say(f"{role}: {len(groups)} of {len(found)} records kept, {_counted(dropped)}")
+    return groups
+
+
+def data_digest(groups: Sequence[Group]) -> str:
+    """8 hex digits over the token ids of all groups, in order."""
+    whole = hashlib.sha256()
+    for group in groups:
+        for ids in (group.prompt, *group.responses):
+            whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
+    return whole.hexdigest()[:8]
+
+
+def real_tokens(batch: Batch) -> int:
+    """Places that hold tokens: a later place sees each but the last of a response."""
+    own_T = np.arange(1, batch.until_RT.shape[1] + 1)
+    return int((batch.until_RT > own_T[None, :]).sum() + (batch.end_RGK >= 0).sum())
+
+
+def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
+    """The file of a `Sampled` source; sampling, and training its parent, only when missing."""
+    parent = wanted.parent
+    name = parent.name if isinstance(parent, Experiment) else epath.Path(parent).name
+    file = epath.Path(rundir.RUNS) / f"{name}-pairs-{digest(wanted)}" / "pairs.jsonl"
+    if file.exists():
+        rundir.say(f"{file}: finished before, reused")
+        return file
+    result = run(parent)
+    prompts = read_records("prompts", wanted.prompts, run)
+    key, rng = jax.random.key(wanted.seed), np.random.default_rng(wanted.seed)
+    rows: Records = []
+    for start in progress(range(0, len(prompts), SAMPLED_AT_ONCE), f"sample {name}"):
+        drawn = completions(
+            result.model,
+            result.params,
+            {},
+            prompts[start : start + SAMPLED_AT_ONCE],
+            result.tokenizer,
+            rewards=(wanted.reward,),
+            key=jax.random.fold_in(key, start),
+            n=wanted.n,
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+        )
+        rows += labelled(drawn, wanted.annotator, rng)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rundir.write(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def labelled(
+    drawn: Completions, annotator: Callable[..., Any], rng: np.random.Generator
+) -> Records:
+    """Every pair that the annotator labels, with the true rewards and the probability it had.
+
+    Equal texts are no pair; a response cut before its end is left out, for it has no EOS to learn.
+    """
+    (score_BK,) = drawn.rewards.values()
+    rows = []
+    for i, (record, texts) in enumerate(zip(drawn.records, drawn.texts, strict=True)):
+        for winner, loser, p in annotator(score_BK[i], rng):
+            if texts[winner] == texts[loser] or not drawn.finished[i, [winner, loser]].all():
+                continue
+            pair = {"prompt": record["prompt"], "chosen": texts[winner], "rejected": texts[loser]}
+            true = [float(score_BK[i, winner]), float(score_BK[i, loser])]
+            rows.append(pair | {"true_rewards": true, "p": float(p)})
+    return rows
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

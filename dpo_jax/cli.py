@@ -1,0 +1,203 @@
+"""The command `dpo-jax`: reads its arguments, loads an experiment, calls what does the work.
+
+Unusable input is one line on stderr and exit status 2.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from dpo_jax.structs import BadInput
+
+COMMANDS = {
+    "train": "train an experiment, and the parents and data that it lacks; resumes what was broken",
+    "frontier": "train the members of FRONTIER, or one run for every value of a list, and compare",
+    "eval": "print the last evaluation of a finished run",
+    "sample": "print responses of a finished run to `evaluation.prompts`, a JSON line each",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are BadInput."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        return command(list(sys.argv[1:] if argv is None else argv))
+    except BadInput as error:
+        line = " ".join(str(error).splitlines())
+        print(f"dpo-jax: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def command(argv: list[str]) -> int:
+    """Parse the arguments and call the subcommand. Raises BadInput."""
+    about = "Preference alignment in JAX; `dpo-jax train EXPERIMENT --help` lists its options."
+    parser = Parser(prog="dpo-jax", description=about, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, purpose in COMMANDS.items():
+        inner = commands.add_parser(
+            name, help=purpose, description=purpose, add_help=False, allow_abbrev=False
+        )
+        inner.add_argument("experiment", nargs="?", help="a file path or a module name")
+        inner.add_argument("overrides", nargs="*", metavar="option=value", help="dotted.path=value")
+        inner.add_argument(
+            "-h", "--help", action="store_true", help="list the options, those of an experiment too"
+        )
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        raise BadInput(f"no command {argv[0]!r}{_nearest(argv[0], COMMANDS)}")
+    arguments, rest = parser.parse_known_args(argv)
+    flags = [word for word in rest if word.startswith("-")]
+    if flags:
+        path = flags[0].lstrip("-")
+        wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], ["--help"])
+        raise BadInput(f"no argument {flags[0]!r}{wanted}")
+    if arguments.experiment is None:
+        if not arguments.help:
+            raise BadInput(f"{arguments.command}: name an experiment, a file path or a module name")
+        commands.choices[arguments.command].print_help()
+        return 0
+    overrides = parse_overrides([*arguments.overrides, *rest])
+    return _run(arguments.command, arguments.experiment, overrides, arguments.help)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """`path=value` words as a dict. Raises BadInput for another word and for a path given twice."""
+    overrides: dict[str, str] = {}
+    for word in words:
+        path, equals, value = word.partition("=")
+        if not equals or not path:
+            raise BadInput(f"{word!r} is no override: write dotted.path=value")
+        if path in overrides:
+            raise BadInput(f"{path} is given twice, {overrides[path]} and {value}: give it once")
+        overrides[path] = value
+    return overrides
+
+
+def _run(name: str, where: str, overrides: dict[str, str], wants_help: bool) -> int:
+    from dpo_jax import experiment
+
+    module = experiment.load(where)
+    if wants_help:
+        print(listing(name, where, experiment.override(module.EXPERIMENT, overrides)))
+    elif name == "frontier":
+        _frontier(module, overrides)
+    elif name == "sample":
+        _sample(module, overrides)
+    else:
+        chosen = experiment.override(module.EXPERIMENT, overrides)
+        (_train if name == "train" else _eval)(chosen)
+    return 0
+
+
+def listing(name: str, where: str, experiment: Any) -> str:
+    """Usage, and every option of an experiment with its value, a line each."""
+    from dpo_jax.experiment import options
+    from dpo_jax.values import show
+
+    found = options(experiment)
+    width = max(len(path) for path, _ in found)
+    # a function's keywords follow on lines of their own
+    names = [getattr(value, "func", value) for _, value in found]
+    lines = [f"  {path:<{width}} = {show(n)}" for (path, _), n in zip(found, names, strict=True)]
+    purpose = f"usage: dpo-jax {name} {where} [option=value ...]\n\n{COMMANDS[name]}\n\noptions:"
+    return "\n".join([purpose, *lines])
+
+
+def _train(experiment: Any) -> None:
+    from dpo_jax import train
+
+    train.run(experiment)
+
+
+def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
+    from dpo_jax import frontier
+
+    directory = overrides.pop("run.dir", None) or module.EXPERIMENT.run.dir
+    name = module.EXPERIMENT.name
+    members = frontier_members(module, overrides)
+    frontier.frontier(members, directory=directory or f"runs/{name}", name=name)
+
+
+def frontier_members(module: ModuleType, overrides: dict[str, str]) -> tuple[Any, ...]:
+    """The experiments of a frontier: EXPERIMENT for every value of a list, else FRONTIER.
+
+    Their `run.dir` is None, the frontier gives each its place. Raises BadInput where there are not
+    two different ones.
+    """
+    from dpo_jax.experiment import override, variations
+
+    chosen = variations(overrides)
+    base = getattr(module, "FRONTIER", ()) if len(chosen) == 1 else (module.EXPERIMENT,)
+    members = tuple(override(each, {**new, "run.dir": None}) for new in chosen for each in base)
+    if len(set(members)) < len(members) or len(members) < 2:
+        raise BadInput(
+            f"a frontier compares several runs, these are {len(set(members))}: give an option "
+            "several values, as algorithm.loss.beta=.03,.1,.3, or the module a FRONTIER"
+        )
+    return members
+
+
+def _finished(experiment: Any) -> Any:
+    """The result of a run that is there already. Raises BadInput where it has not finished."""
+    from dpo_jax import rundir, train
+
+    home = rundir.place(experiment)
+    rundir.check(experiment, home)
+    if rundir.result(experiment, home) is None:
+        raise BadInput(
+            f"{home} holds no finished run of {experiment.name}: `dpo-jax train` it first"
+        )
+    return train.run(experiment)
+
+
+def _eval(experiment: Any) -> None:
+    metrics = _finished(experiment).metrics
+    if not metrics:
+        raise BadInput("nothing was evaluated: the experiment has no evaluation.source or .prompts")
+    for name, value in sorted(metrics.items()):
+        print(f"{name} = {value:.6g}")
+
+
+def _sample(module: ModuleType, overrides: dict[str, str]) -> None:
+    """The run is the one without the overrides of `evaluation`: any prompts will do."""
+    import jax
+
+    from dpo_jax import build, evaluate, train
+    from dpo_jax.experiment import override
+
+    wanted = override(module.EXPERIMENT, overrides).evaluation
+    if wanted.prompts is None:
+        raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl")
+    own = {path: new for path, new in overrides.items() if not path.startswith("evaluation.")}
+    result = _finished(override(module.EXPERIMENT, own))
+    drawn = evaluate.completions(
+        result.model,
+        result.params,
+        {},
+        build.read_records("evaluation.prompts", wanted.prompts, train.run),
+        result.tokenizer,
+        rewards=wanted.rewards,
+        key=jax.random.key(result.experiment.run.seed),
+        n=wanted.samples,
+        max_tokens=wanted.max_tokens,
+        temperature=wanted.temperature,
+    )
+    for row in drawn.rows(result.experiment.run.steps):
+        print(json.dumps(row))
+
+
+def _nearest(word: str, candidates: Any) -> str:
+    close = difflib.get_close_matches(word, list(candidates), 1, 0.4)
+    names = ", ".join(candidates)
+    return f"; nearest is {close[0]}" if close else f"; there are: {names}"

@@ -1,0 +1,171 @@
+"""What a policy is worth: held-out loss and accuracy, sampled reward and exact-per-token KL."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.data.loader import sequential
+from dpo_jax.data.template import encode_prompt
+from dpo_jax.logprobs import per_response, token_kls
+from dpo_jax.parallel import row_multiple, shard_batch
+from dpo_jax.sampling import sample
+from dpo_jax.structs import Algorithm, Batch, Group, Model, Params, TrainState, join
+
+KL_RESPONSES = 256  # responses whose KL is taken in one call
+KL_ROW_TOKENS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """n sampled responses to each of B prompts and what they are worth."""
+
+    records: list[dict[str, Any]]
+    texts: list[list[str]]  # [prompt][sample]
+    rewards: dict[str, np.ndarray]  # name -> (B, n)
+    kl: np.ndarray | None  # (B, n) KL(policy, reference) in nats summed over the response
+    finished: np.ndarray  # (B, n)
+    tokens: np.ndarray  # (B, n)
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and standard error of every reward and of the KL, over prompts."""
+        columns = {f"samples/{name}": x_BK for name, x_BK in self.rewards.items()}
+        columns |= {} if self.kl is None else {"samples/kl": self.kl}
+        summary = {
+            "samples/length": float(self.tokens.mean()),
+            "samples/finished": float(self.finished.mean()),
+        }
+        for name, x_BK in columns.items():
+            summary[name], summary[f"{name}_se"] = mean_and_error(x_BK)
+        return summary
+
+    def rows(self, step: int) -> Iterator[dict[str, Any]]:
+        """One JSON-able row a sample, for samples.jsonl."""
+        for i, (record, texts) in enumerate(zip(self.records, self.texts, strict=True)):
+            for k, text in enumerate(texts):
+                scores = {name: float(x_BK[i, k]) for name, x_BK in self.rewards.items()}
+                scores |= {} if self.kl is None else {"kl": float(self.kl[i, k])}
+                yield {"step": step, "prompt": record["prompt"], "response": text, **scores}
+
+
+def mean_and_error(x_BK: np.ndarray) -> tuple[float, float]:
+    """Mean of all entries and its standard error from the B row means (0 where B is 1)."""
+    row_B = np.asarray(x_BK, np.float64).mean(axis=1)
+    error = row_B.std(ddof=1) / np.sqrt(len(row_B)) if len(row_B) > 1 else 0.0
+    return float(row_B.mean()), float(error)
+
+
+def held_out(
+    algorithm: Algorithm,
+    state: TrainState,
+    frozen: Params,
+    batches: Sequence[Batch],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """The objective and its metrics on held-out batches, every group counted once.
+
+    The batches (of one shape) are completed one by one and weighed as one step, so the result is
+    the exact mean whatever the batch size.
+    """
+    complete, value = _compiled(algorithm)
+    key = jax.random.key(0)  # offline algorithms draw nothing
+    done = [complete(state, frozen, shard_batch(mesh, batch), key) for batch in batches]
+    whole = algorithm.measure(
+        jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts)), *done)
+    )
+    total: dict[str, float] = {}
+    for part in _parts(whole, len(batches)):
+        metrics = jax.device_get(value(state, frozen, shard_batch(mesh, part), key))
+        total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
+    return total
+
+
+def _parts(batch: Batch, parts: int) -> Iterator[Batch]:
+    for part in range(parts):
+        yield jax.tree.map(
+            lambda x, i=part: np.asarray(x).reshape(parts, -1, *x.shape[1:])[i], batch
+        )
+
+
+@lru_cache(maxsize=8)
+def _compiled(algorithm: Algorithm) -> tuple[Callable, Callable]:
+    def complete(state, frozen, batch, key):
+        return algorithm.collect(state, frozen, batch, key)[0]
+
+    def value(state, frozen, batch, key):
+        return algorithm.objective(state.params, frozen, state.memory, batch, key)[1]
+
+    return jax.jit(complete) if algorithm.fused else complete, jax.jit(value)
+
+
+def completions(
+    model: Model,
+    params: Params,
+    frozen: Params,
+    records: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    rewards: Iterable[Callable],
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+    n: int = 1,
+    max_tokens: int,
+    temperature: float = 1.0,
+) -> Completions:
+    """Samples n responses to the prompts of records, scores their texts, and takes the KL.
+
+    rewards: functions (records, responses) -> scores_B. KL(policy, reference) is summed exactly
+    over the vocabulary at every token of the sampled path, where frozen holds a reference.
+    """
+    whole = join(params, frozen)
+    prompts = [encode_prompt(record["prompt"], tokenizer) for record in records]
+    eos = tokenizer.eos_token_id
+    drawn = sample(
+        model, whole, prompts, key=key, eos=eos, n=n, max_tokens=max_tokens, temperature=temperature
+    )
+    flat = [response for responses in drawn.responses for response in responses]
+    texts = tokenizer.batch_decode([ids[ids != eos] for ids in flat])
+    repeated = [record for record in records for _ in range(n)]
+    shape = (len(records), n)
+    kl = None
+    if "reference" in frozen:
+        groups = [Group(*pair) for pair in zip(prompts, drawn.responses, strict=True)]
+        kl = _response_kls(model, whole, frozen["reference"], groups, mesh)
+    return Completions(
+        records=list(records),
+        texts=[texts[i : i + n] for i in range(0, len(texts), n)],
+        rewards={
+            f.__name__: np.asarray(f(repeated, texts), np.float64).reshape(shape) for f in rewards
+        },
+        kl=kl,
+        finished=drawn.finished,
+        tokens=np.asarray([len(ids) for ids in flat]).reshape(shape),
+    )
+
+
+def _response_kls(model, params, reference, groups, mesh) -> np.ndarray:
+    """KL summed over every response, (B, n): groups packed in batches of one shape."""
+    longest = max(group.tokens for group in groups)
+    kls = _compiled_kls(model)
+    kl_BK = np.zeros((len(groups), len(groups[0].responses)))
+    for batch in sequential(
+        groups,
+        step_groups=max(1, KL_RESPONSES // kl_BK.shape[1]),
+        row_tokens=max(2 * longest, KL_ROW_TOKENS),
+        rows_multiple=row_multiple(mesh),
+    ):
+        kl_RGK = jax.device_get(kls(params, reference, shard_batch(mesh, batch)))
+        real_RG = batch.record_RG >= 0
+        kl_BK[batch.record_RG[real_RG]] = kl_RGK[real_RG]
+    return kl_BK
+
+
+@lru_cache(maxsize=8)
+def _compiled_kls(model: Model) -> Callable:
+    def kls(params, reference, batch):
+        return per_response(token_kls(model, params, reference, batch), batch)
+
+    return jax.jit(kls)

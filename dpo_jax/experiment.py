@@ -1,0 +1,264 @@
+"""An experiment is a value: frozen dataclasses that hold numbers, text and functions.
+
+Two of these values are equal when their descriptions are, because `functools.partial`, which holds
+the hyperparameters of a function, has no equality of its own.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from dpo_jax import functions, optim
+from dpo_jax.description import canonical, code_digest, describe, sha8
+from dpo_jax.override import Spot, check_field, options, override, spots, variations
+from dpo_jax.structs import BadInput
+
+__all__ = [
+    "COSMETIC",
+    "Data",
+    "Evaluation",
+    "Experiment",
+    "Mesh",
+    "Optim",
+    "Run",
+    "Sampled",
+    "canonical",
+    "code_digest",
+    "describe",
+    "digest",
+    "load",
+    "options",
+    "override",
+    "sha8",
+    "variations",
+]
+
+# What changes no parameter of a finished run, and so no digest.
+COSMETIC = (
+    "run.dir",
+    "run.mesh",
+    "run.microbatches",
+    "run.remat",
+    "run.save_every",
+    "run.eval_every",
+    "run.log_every",
+    "run.keep",
+    "run.profile",
+)
+
+# Types of fields; what the additions mean stands at the head of override.py.
+Count = Annotated[int, {"least": 1}]
+Every = Annotated[int, {"least": 0}]
+Amount = Annotated[float, {"least": 0}]
+Seed = Annotated[int, {"least": 0}]
+Records = Callable[[], Any]  # () -> records
+Reward = Callable[..., Any]  # (records, responses) -> score_B
+INPUTS_0, INPUTS_1, INPUTS_2 = {"inputs": 0}, {"inputs": 1}, {"inputs": 2}
+FOR_PROMPTS = {"needs": "prompts"}
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """Base of the parts: fields are checked against their types, equality is by description."""
+
+    def __post_init__(self) -> None:
+        for name, spot in spots(self, Spot(type(self).__name__)).items():
+            object.__setattr__(self, name, check_field(getattr(self, name), spot))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and _text(self) == _text(other)
+
+    def __hash__(self) -> int:
+        return hash(_text(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled(Value):
+    """Data made when missing: n responses of the parent to every prompt, labelled in pairs.
+
+    parent: the run that is sampled. prompts: a source of records with a prompt.
+    reward: (records, responses) -> score_B. annotator: (score_B of one prompt, rng) -> pairs.
+    """
+
+    parent: Annotated["Experiment | str", {"parent": True}]
+    prompts: Annotated[str | Records, INPUTS_0]
+    reward: Annotated[Reward, INPUTS_2]
+    annotator: Annotated[Callable[..., Any], INPUTS_2]
+    n: Annotated[int, {"least": 2}] = 4
+    max_tokens: Count = 64
+    temperature: Amount = 1.0
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Data(Value):
+    """What is trained on: groups a step (over the whole mesh), packed in rows of row_tokens.
+
+    source: a file (.jsonl, .json, .parquet, .gz, .zst), a function () -> records, or `Sampled`.
+    tokenizer: a folder or name for transformers, or a function () -> tokenizer.
+    truncation: what is done to a group longer than a row: dropped, or its prompt or responses cut.
+    on_bad: what a record without the fields it needs does: stop the run, or be skipped and counted.
+    """
+
+    source: Annotated[str | Records | Sampled, INPUTS_0]
+    tokenizer: Annotated[str | Callable[[], Any], INPUTS_0]
+    groups: Count = 64
+    row_tokens: Annotated[int, {"least": 2}] = 512
+    truncation: Literal["drop", "prompt", "response"] = "drop"
+    on_bad: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, eq=False)
+class Optim(Value):
+    """optimizer(learning_rate, ...), schedule(learning_rate, steps, ...), warm-up in steps.
+
+    clip: largest global gradient norm, None = off. ema: decay of the policy's moving average,
+    None = off.
+    """
+
+    learning_rate: Amount
+    optimizer: Annotated[Callable[..., Any], INPUTS_1] = optim.adamw
+    schedule: Annotated[Callable[..., Any], INPUTS_2 | {"given": {"warmup": "optim.warmup"}}] = (
+        optim.constant
+    )
+    warmup: Every = 0
+    clip: Annotated[float | None, {"least": 0}] = 1.0
+    ema: Annotated[float | None, {"least": 0}] = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh(Value):
+    """Devices along each axis; -1 for one of them means all that are left."""
+
+    data: Annotated[int, {"least": -1}] = -1
+    fsdp: Annotated[int, {"least": -1}] = 1
+    tensor: Annotated[int, {"least": -1}] = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Value):
+    """How long, where and how often; `every` counts steps, 0 = only at the end.
+
+    dir: None = runs/<name>-<digest>. dtype: of the computation, parameters are float32.
+    remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
+    keep: checkpoints kept. profile: `100:105` traces the steps from 100 up to 105.
+    """
+
+    steps: Count
+    seed: Seed = 0
+    dir: str | None = None
+    mesh: Mesh = Mesh()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    microbatches: Count = 1
+    save_every: Every = 0
+    eval_every: Every = 0
+    log_every: Count = 1
+    keep: Count = 2
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = re.fullmatch(r"(\d+):(\d+)", self.profile or "0:1")
+        if not window or not int(window[1]) < int(window[2]):
+            raise BadInput(f"run.profile={self.profile}: write FIRST:END in steps, as 100:105")
+        if self.profile and int(window[2]) >= self.steps:
+            raise BadInput(f"run.profile={self.profile} does not end within {self.steps} steps")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation(Value):
+    """What is measured beside training: pairs held out, and responses sampled to prompts.
+
+    rewards: functions (records, responses) -> score_B, reported on the samples; the true one first.
+    """
+
+    source: Annotated[str | Records | Sampled | None, INPUTS_0] = None
+    prompts: Annotated[str | Records | None, INPUTS_0] = None
+    rewards: Annotated[tuple[Reward, ...], FOR_PROMPTS] = ()
+    samples: Annotated[Count, FOR_PROMPTS] = 1
+    max_tokens: Annotated[Count, FOR_PROMPTS] = 64
+    temperature: Annotated[Amount, FOR_PROMPTS] = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment(Value):
+    """One training run. algorithm: called with the model, as `partial(preference, loss=...)`.
+
+    model: a configuration such as `models.transformer.Config`; None = the parent's.
+    parent: the run whose final weights it starts from, or the path of a checkpoint.
+    """
+
+    name: str
+    data: Data
+    algorithm: Annotated[Callable[..., Any], INPUTS_1]
+    optim: Optim
+    run: Run
+    model: Annotated[Any, {"inherited": "parent"}] = None
+    parent: Annotated["Experiment | str | None", {"parent": True}] = None
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise BadInput(
+                f"name={self.name}: use letters, digits, '_', '-' and '.', as a folder's"
+            )
+        if self.model is None and self.parent is None:
+            raise BadInput(f"experiment {self.name} has neither a model nor a parent to start from")
+        if self.model is not None and isinstance(self.parent, Experiment):
+            raise BadInput(
+                f"experiment {self.name} has a model beside its parent: leave model out, "
+                f"it comes from {self.parent.name}"
+            )
+
+
+def load(name: str) -> ModuleType:
+    """The experiment module at a path (experiments/x.py) or of a name (experiments.x).
+
+    It holds EXPERIMENT, an `Experiment`, and may hold FRONTIER, a tuple of them. BadInput where it
+    is missing, fails to import or holds neither.
+    """
+    by_path = name.endswith(".py") or os.sep in name
+    module = functions.import_file(name) if by_path else functions.import_named(name)
+    if not isinstance(getattr(module, "EXPERIMENT", None), Experiment):
+        raise BadInput(
+            f"{name} defines no EXPERIMENT: give the module EXPERIMENT = Experiment(...)"
+        )
+    members = getattr(module, "FRONTIER", ())
+    if not isinstance(members, tuple) or not all(isinstance(each, Experiment) for each in members):
+        raise BadInput(f"{name}: FRONTIER must be a tuple of Experiments")
+    return module
+
+
+def digest(value: Value, without: tuple[str, ...] = ()) -> str:
+    """8 hex digits of the sha256 of an experiment's (or a part's) description, in every process.
+
+    Left out are the options of `COSMETIC` and the dotted paths of `without`, in the experiment
+    and in every one inside it.
+    """
+    description = _without(describe(value), (*COSMETIC, *without))
+    return sha8(canonical(description).encode())
+
+
+def _text(value: Value) -> str:
+    return canonical(describe(value))
+
+
+def _without(description: Any, paths: tuple[str, ...]) -> Any:
+    """A description without some options of its experiments."""
+    if isinstance(description, list):
+        return [_without(item, paths) for item in description]
+    if not isinstance(description, dict):
+        return description
+    kept = dict(description)
+    if kept.get("class") == ":".join(functions.function_id(Experiment)):
+        heads = {path.partition(".")[0] for path in paths if "." in path}
+        kept = {name: item for name, item in kept.items() if name not in paths}
+        for head in heads & kept.keys():
+            inner = {path.partition(".")[2] for path in paths if path.startswith(f"{head}.")}
+            kept[head] = {name: item for name, item in kept[head].items() if name not in inner}
+    return {name: _without(item, paths) for name, item in kept.items()}

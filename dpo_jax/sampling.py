@@ -1,0 +1,165 @@
+"""Sampling with a key/value cache: prompts are read once, samples grow by one token a step."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.parallel import letters
+from dpo_jax.structs import BadInput, Model, Params
+
+PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
+
+
+class Samples(NamedTuple):
+    """n responses to each of B prompts; a response ends with `eos` or after max_tokens."""
+
+    responses: list[list[np.ndarray]]  # [prompt][sample] -> int32 ids
+    logps: list[list[np.ndarray]]  # log-probability of every token, of the untruncated policy
+    finished: np.ndarray  # (B, n) bool: ended with eos
+
+
+def sample(
+    model: Model,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    *,
+    key: jax.Array,
+    eos: int,
+    n: int = 1,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    records: Sequence[int] | None = None,
+    rows: int = 512,
+) -> Samples:
+    """Samples n responses to every prompt.
+
+    prompts: int32 id arrays, not empty. records: what numbers a prompt for its random key (its
+    place by default): sample k of record r draws from fold_in(fold_in(key, r), k), so batch size,
+    order and mesh do not change it. temperature 0 takes the likeliest token. top_k 0 and top_p 1
+    are off; both keep at least one token. rows: sequences that run side by side.
+    Raises: BadInput for options out of range or an empty prompt.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or n < 1:
+        raise BadInput(
+            "sampling wants temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_tokens and n >= 1"
+        )
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise BadInput("sampling wants prompts of at least one token (BOS, say)")
+    numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
+    per_call = max(1, rows // n)
+    longest = max((len(prompt) for prompt in prompts), default=1)
+    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
+    tokens, logps = [], []
+    for start in range(0, len(prompts), per_call):
+        part, part_numbers = prompts[start : start + per_call], numbers[start : start + per_call]
+        tokens_BP = np.zeros((per_call, width), np.int32)
+        length_B = np.ones(per_call, np.int32)
+        for row, prompt in enumerate(part):
+            tokens_BP[row, : len(prompt)] = prompt
+            length_B[row] = len(prompt)
+        record_B = np.zeros(per_call, np.int32)
+        record_B[: len(part)] = part_numbers
+        drawn = run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p)
+        drawn_BKM, logp_BKM = jax.device_get(drawn)
+        tokens.append(drawn_BKM[: len(part)])
+        logps.append(logp_BKM[: len(part)])
+    return _trimmed(np.concatenate(tokens), np.concatenate(logps), eos)
+
+
+def _trimmed(tokens_BKM: np.ndarray, logp_BKM: np.ndarray, eos: int) -> Samples:
+    ended_BKM = tokens_BKM == eos
+    finished_BK = ended_BKM.any(axis=-1)
+    length_BK = np.where(finished_BK, ended_BKM.argmax(axis=-1) + 1, tokens_BKM.shape[-1])
+
+    def cut(x_BKM: np.ndarray) -> list[list[np.ndarray]]:
+        rows = zip(x_BKM, length_BK, strict=True)
+        return [[x[:m] for x, m in zip(x_KM, length_K, strict=True)] for x_KM, length_K in rows]
+
+    return Samples(cut(tokens_BKM), cut(logp_BKM), finished_BK)
+
+
+@lru_cache(maxsize=16)
+def _compiled(
+    model: Model, n: int, max_tokens: int, eos: int, greedy: bool, by_k: bool, by_p: bool
+):
+    """The jitted sampler of one model and one set of flags; rates and cuts are traced."""
+
+    def run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p):
+        B, P = tokens_BP.shape
+        S = P + max_tokens
+        place_P = jnp.arange(P)
+        real_BP = place_P[None, :] < length_B[:, None]
+        until_BP = jnp.where(real_BP, S, place_P[None, :] + 1)
+        positions_BP = jnp.where(real_BP, place_P[None, :], 0)
+        hidden_BPD, cache = model.hidden(params, tokens_BP, positions_BP, until_BP, S)
+        last_BD = jax.vmap(lambda hidden_PD, length: hidden_PD[length - 1])(hidden_BPD, length_B)
+        cache = repeat_rows(cache, n)
+        hidden_RD = jnp.repeat(last_BD, n, axis=0)
+        length_R = jnp.repeat(length_B, n)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
+        keys_R = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(n)))(
+            keys_B
+        )
+        keys_R = keys_R.reshape(B * n)
+
+        def step(carry, t):
+            hidden_RD, cache, ended_R = carry
+            logits_RV = model.unembed(params, hidden_RD).astype(jnp.float32)
+            logits_RV = logits_RV if greedy else logits_RV / temperature
+            kept_RV = keep_top_k(logits_RV, top_k) if by_k else logits_RV
+            kept_RV = keep_top_p(kept_RV, top_p) if by_p else kept_RV
+            draws = jax.vmap(jax.random.fold_in, (0, None))(keys_R, t)
+            drawn_R = jax.vmap(jax.random.categorical)(draws, kept_RV)
+            token_R = jnp.argmax(logits_RV, axis=-1) if greedy else drawn_R
+            token_R = jnp.where(ended_R, eos, token_R).astype(jnp.int32)
+            logp_R = jnp.take_along_axis(jax.nn.log_softmax(logits_RV), token_R[:, None], axis=-1)[
+                :, 0
+            ]
+            position_R = length_R + t
+            until_R = jnp.full_like(position_R, S)
+            hidden_RTD, cache = model.hidden(
+                params, token_R[:, None], position_R[:, None], until_R[:, None], cache
+            )
+            ended_R = ended_R | (token_R == eos)
+            return (hidden_RTD[:, 0], cache, ended_R), (token_R, logp_R)
+
+        start = (hidden_RD, cache, jnp.zeros(B * n, bool))
+        _, (token_MR, logp_MR) = jax.lax.scan(step, start, jnp.arange(max_tokens))
+        return token_MR.T.reshape(B, n, max_tokens), logp_MR.T.reshape(B, n, max_tokens)
+
+    return jax.jit(run)
+
+
+def repeat_rows(cache, n: int):
+    """Every row of a cache n times in a row; the name of a leaf says which axis is R."""
+
+    def repeat(path, leaf):
+        axes = letters(path)
+        return jnp.repeat(leaf, n, axis=axes.index("R")) if "R" in axes else leaf
+
+    return jax.tree_util.tree_map_with_path(repeat, cache)
+
+
+def keep_top_k(logits_RV: jax.Array, top_k: jax.Array) -> jax.Array:
+    """-inf for all but the top_k largest logits of a row (ties with the last one stay)."""
+    ordered_RV = jnp.sort(logits_RV, axis=-1)
+    V = logits_RV.shape[-1]
+    least_R = jnp.take(ordered_RV, jnp.clip(V - top_k, 0, V - 1), axis=-1)
+    return jnp.where(logits_RV >= least_R[:, None], logits_RV, -jnp.inf)
+
+
+def keep_top_p(logits_RV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf outside the smallest set of likeliest tokens that holds a mass of top_p
+    (Holtzman et al. 1904.09751)."""
+    ordered_RV = -jnp.sort(-logits_RV, axis=-1)
+    mass_RV = jax.nn.softmax(ordered_RV, axis=-1)
+    before_RV = jnp.cumsum(mass_RV, axis=-1) - mass_RV  # the mass of what is likelier
+    least_R = jnp.min(jnp.where(before_RV < top_p, ordered_RV, jnp.inf), axis=-1)
+    return jnp.where(logits_RV >= least_R[:, None], logits_RV, -jnp.inf)

@@ -1,0 +1,32 @@
+"""Small models and groups that several tests share."""
+
+import numpy as np
+
+from dpo_jax.models.transformer import Config, decoder
+from dpo_jax.structs import Group
+
+CONFIG = Config(V=17, D=16, L=2, H=4, J=2, E=4, F=24)
+MODEL = decoder(CONFIG)
+
+
+def groups(n: int, *, responses: int = 2, seed: int = 0, longest: int = 7) -> list[Group]:
+    """n groups of random ids and lengths, every fourth one of weight 1/2."""
+    rng = np.random.default_rng(seed)
+
+    def ids() -> np.ndarray:
+        return rng.integers(1, CONFIG.V, size=rng.integers(1, longest + 1)).astype(np.int32)
+
+    weights = [0.5 if b % 4 == 3 else 1.0 for b in range(n)]
+    return [Group(ids(), [ids() for _ in range(responses)], weight=weight) for weight in weights]
+
+
+def relative_error(tree, other) -> float:
+    """Largest difference over the leaves, each against the norm of its leaf of `other`."""
+    import jax
+
+    differences = jax.tree.map(
+        lambda x, y: float(np.linalg.norm(np.subtract(x, y)) / (np.linalg.norm(y) + 1e-30)),
+        jax.device_get(tree),
+        jax.device_get(other),
+    )
+    return max(jax.tree.leaves(differences))
