@@ -63,6 +63,7 @@ def config(experiment: Experiment) -> Config:
         return experiment.model
     if isinstance(experiment.parent, Experiment):
         return config(experiment.parent)
+    assert experiment.parent is not None, "an Experiment has a model or a parent"
     return Config(**rundir.read(epath.Path(experiment.parent))["model"])
 
 

@@ -6,6 +6,7 @@ Unusable input is one line on stderr and exit status 2.
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -30,6 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    # transformers tells on stderr that it found no PyTorch, which nothing here wants
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
     except BadInput as error:

@@ -20,6 +20,7 @@ from dpo_jax.experiment import Experiment, code_digest, options
 from dpo_jax.metrics import progress
 from dpo_jax.structs import BadInput
 from dpo_jax.train import Result, run
+from dpo_jax.values import show as show_value
 
 PROMPTS, SAMPLES = 96, 256  # of the reference, for the two curves
 AT_ONCE = 8  # prompts
@@ -88,8 +89,9 @@ def frontier(members: Sequence[Experiment], *, directory: str, name: str) -> epa
 
 def member_labels(members: Sequence[Experiment]) -> list[str]:
     """What tells the members apart, as `beta=0.1`: the options of the algorithm that differ."""
-    listed = [dict(options(member)) for member in members]
-    differing = [path for path in listed[0] if len({repr(x.get(path)) for x in listed}) > 1]
+    # a function's keywords have paths of their own
+    listed = [{x: show_value(getattr(v, "func", v)) for x, v in options(m)} for m in members]
+    differing = [path for path in listed[0] if len({x.get(path) for x in listed}) > 1]
     chosen = [path for path in differing if path.startswith("algorithm.")] or differing
     labels = [
         ",".join(f"{path.rpartition('.')[2]}={x.get(path)}" for path in chosen) for x in listed
@@ -113,6 +115,8 @@ def _common_reward(members: Sequence[Experiment]) -> str:
         )
     if any(m.evaluation != first or m.parent != members[0].parent for m in members):
         raise BadInput("the members of a frontier want one parent and one evaluation")
+    if any("reference" not in m.algorithm(build.model(m)).frozen for m in members):
+        raise BadInput("a frontier wants losses with a reference: its axis is the KL to it")
     return first.rewards[0].__name__
 
 
@@ -122,8 +126,9 @@ def run_curve(result: Result, label: str, reward: str) -> Curve:
     for line in (result.directory / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if f"eval_samples/{reward}" in row:
-            names = (reward, f"{reward}_se", "kl", "kl_se")
-            points.append(Point(*(row[f"eval_samples/{x}"] for x in names), f"step {row['step']}"))
+            names = {"reward": reward, "reward_se": f"{reward}_se", "kl": "kl", "kl_se": "kl_se"}
+            values = {field: row[f"eval_samples/{name}"] for field, name in names.items()}
+            points.append(Point(**values, label=f"step {row['step']}"))
     return Curve(label, tuple(points))
 
 
@@ -226,7 +231,7 @@ def summary(label: str, result: Result, curve: Curve, ceiling: float | None) -> 
     """The last point of a run with its held-out accuracy and the share of the gap it closes."""
     accuracy = result.metrics.get("eval_rewards/accuracies")
     closed = None
-    if accuracy is not None and ceiling is not None:
+    if accuracy is not None and ceiling is not None and ceiling > 0.5:
         closed = (accuracy - 0.5) / (ceiling - 0.5)
     others = {
         name.removeprefix("eval_samples/"): value

@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.structs import Batch, Model, Params
+from dpo_jax.structs import Array, Batch, Model, Params
 
 LOGITS_AT_ONCE = 2**24  # elements of the largest logits array that a chunk may hold
 
@@ -59,7 +59,7 @@ def response_logps(
     return per_response(token_logps(model, params, batch, temperature=temperature), batch)
 
 
-def per_response(x_RN: jax.Array, batch: Batch) -> jax.Array:
+def per_response(x_RN: Array, batch: Batch) -> jax.Array:
     """Sums over the scored tokens of each response, x_RGK: row-local, so no mesh changes it."""
     R, G, K = batch.end_RGK.shape
     chex.assert_equal_shape([x_RN, batch.slot_RN])

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dpo_jax.structs import BadInput, Batch
 
 AXES = ("data", "fsdp", "tensor")
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 RULES = {
     "R": ("data", "fsdp"),
     "D": "fsdp",
@@ -48,7 +49,7 @@ def letters(path: tuple[Any, ...]) -> str:
     return suffix if suffix.isupper() else ""
 
 
-def partition(mesh: jax.sharding.Mesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
+def partition(mesh: AnyMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
     """Where an array with these axis letters lies; a stacked leaf leads with L."""
     axes = axes if len(axes) == len(shape) else "L" + axes
     if len(axes) != len(shape):
@@ -58,7 +59,7 @@ def partition(mesh: jax.sharding.Mesh, axes: str, shape: tuple[int, ...]) -> Par
     )
 
 
-def _mesh_axes(mesh: jax.sharding.Mesh, axis: str, size: int) -> str | tuple[str, ...] | None:
+def _mesh_axes(mesh: AnyMesh, axis: str, size: int) -> str | tuple[str, ...] | None:
     rule = RULES.get(axis)
     names = (rule,) if isinstance(rule, str) else rule or ()
     return (

@@ -22,7 +22,7 @@ from dpo_jax.parallel import abstract
 from dpo_jax.structs import BadInput, Model, Params
 
 RUNS = "runs"  # where runs without a run.dir, parents and sampled data lie
-UNCOMPARED = (*COSMETIC, "run.steps")  # a run may be resumed with more steps
+MORE = "run.steps"  # a run may be resumed with more steps
 
 
 def place(experiment: Experiment, directory: str | None = None) -> epath.Path:
@@ -32,29 +32,46 @@ def place(experiment: Experiment, directory: str | None = None) -> epath.Path:
 
 
 def check(experiment: Experiment, home: epath.Path) -> None:
-    """Raises BadInput when the directory holds another experiment or something else."""
+    """Raises BadInput when the directory holds another experiment, more steps or something else."""
     if not home.exists() or not any(home.iterdir()):
         return
+    remedy = "give another run.dir or remove it"
     stored = read(home)
-    if stored["digest"] == digest(experiment, without=UNCOMPARED):
-        return
-    before, now = stored["options"], compared_options(experiment)
-    changed = [
-        name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
-    ]
-    change = (
-        f"{changed[0]} was {before.get(changed[0])}, is {now.get(changed[0])}"
-        if changed
-        else "its code"
-    )
-    raise BadInput(f"{home} holds another experiment ({change}): give another run.dir or remove it")
+    change = _change(stored["options"], compared_options(experiment))
+    if change or stored["digest"] != digest(experiment, without=(MORE,)):
+        raise BadInput(f"{home} holds another experiment ({change or 'its code'}): {remedy}")
+    done = max(Checkpoints(home / "checkpoints").steps(), default=0)
+    if done > experiment.run.steps:
+        raise BadInput(f"{home} has done {done} steps, run.steps={experiment.run.steps}: {remedy}")
+
+
+def _change(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """The first option that differs, in words."""
+    for path in filter(_compared, sorted(before.keys() | now.keys())):
+        was, is_ = _own(before.get(path)), _own(now.get(path))
+        if was != is_:
+            return f"{path} was {json.dumps(was)}, is {json.dumps(is_)}"
+    return None
+
+
+def _compared(path: str) -> bool:
+    """Whether an option makes another run of it. A parent's steps do."""
+    within = path.rpartition("parent.")[2]
+    cosmetic = any(within == name or within.startswith(f"{name}.") for name in COSMETIC)
+    return path != MORE and not cosmetic
+
+
+def _own(text: str | None) -> Any:
+    """An option without the options inside it, which have paths of their own."""
+    value = None if text is None else json.loads(text)
+    return value.get("function", value.get("class")) if isinstance(value, dict) else value
 
 
 def claim(experiment: Experiment, home: epath.Path, config: Config, data: str) -> None:
     """Write experiment.json; a resumed run must be on the same data, new code is announced."""
     record = {
         "name": experiment.name,
-        "digest": digest(experiment, without=UNCOMPARED),
+        "digest": digest(experiment, without=(MORE,)),
         "code": code_digest(),
         "data": data,
         "parent": parent_digest(experiment),
@@ -89,9 +106,7 @@ def read(home: epath.Path) -> dict[str, Any]:
 def compared_options(experiment: Experiment) -> dict[str, str]:
     """Every option that makes another run of it, as text."""
     return {
-        path: json.dumps(describe(value))
-        for path, value in options(experiment)
-        if path not in UNCOMPARED
+        path: json.dumps(describe(value)) for path, value in options(experiment) if _compared(path)
     }
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -72,12 +72,12 @@ def make_update(
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(norm)
-        moved = state.replace(
-            params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        moved = replace(
+            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        state = kept.replace(step=state.step + 1, memory=memory, skipped=skipped)
+        state = replace(kept, step=state.step + 1, memory=memory, skipped=skipped)
         return state, values | {"grad_norm": norm, "skipped": skipped}
 
     return update
@@ -86,10 +86,10 @@ def make_update(
 def split(batch: Batch, parts: int) -> Batch:
     """Every row array as (parts, R / parts, ...), a share of each device's rows in every part."""
     shared = batch.shared
-    rows = batch.replace(shared={})
+    rows = replace(batch, shared={})
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rows)
     copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *jnp.shape(x))), shared)
-    return cut.replace(shared=copies)
+    return replace(cut, shared=copies)
 
 
 def run(experiment: Experiment, *, directory: str | None = None) -> Result:
@@ -111,9 +111,10 @@ def run(experiment: Experiment, *, directory: str | None = None) -> Result:
     materials = build.materials(experiment, run)
     with jax.set_mesh(mesh):
         setup = build.setup(experiment, mesh, materials)
+        loop = _Loop(experiment, setup, home)
         digest = build.data_digest(setup.loader.groups)
         rundir.claim(experiment, home, build.config(experiment), digest)
-        params, last = _Loop(experiment, setup, home).run()
+        params, last = loop.run()
     return Result(home, experiment, model, params, setup.tokenizer, last)
 
 
@@ -128,17 +129,19 @@ class _Loop:
         self.rate = optim.rate(experiment.optim, options.steps * self.updates)
         self.advance = stepper(algorithm, tx, options.microbatches, setup)
         self.checkpoints = Checkpoints(home / "checkpoints", keep=options.keep)
-        self.state = start_state(algorithm, tx, setup, options.seed)
+        self.state, self.start = start_state(algorithm, tx, setup, options.seed), 0
         if self.checkpoints.steps():
-            self.state, start = self.checkpoints.restore(abstract(setup.mesh, self.state))
-            rundir.say(f"{home}: resumed at step {start}")
+            self.state, self.start = self.checkpoints.restore(abstract(setup.mesh, self.state))
         self.last: dict[str, float] = {}
+        rehearse(setup, self.state)
 
     def run(self) -> tuple[Params, dict[str, float]]:
         """Steps to the end; returns the final weights and the last evaluation."""
-        options, start = self.experiment.run, int(self.state.step)
+        options, start = self.experiment.run, self.start
         peak, source = metrics.peak_flops()
         backend = jax.default_backend()
+        if start:
+            rundir.say(f"{self.home}: resumed at step {start}")
         rundir.say(f"{self.home}: {self.setup.loader.describe()}")
         rundir.say(f"{self.home}: attention {attention.__name__} on {backend}; peak {source}")
         writer = metrics.Writer(
@@ -150,6 +153,8 @@ class _Loop:
             title=self.experiment.name,
         )
         with writer, interruptible() as signalled:
+            if start == options.steps:  # it was broken between its last checkpoint and the seal
+                self.last = self.measured(start)
             if start == 0 and options.eval_every:
                 self.evaluate(writer, 0)
             for step in range(start, options.steps):
@@ -171,7 +176,7 @@ class _Loop:
 
     def step(self, writer: metrics.Writer, step: int) -> None:
         """Dispatch one step; its metrics are read after the next one is dispatched."""
-        _profile(self.experiment.run.profile, step, self.home)
+        _profile(self.experiment.run.profile, self.start, step, self.home)
         batch = self.setup.loader.batch(step)
         key = jax.random.fold_in(jax.random.key(self.experiment.run.seed), step)
         self.state, values = self.advance(self.state, batch, key)
@@ -192,31 +197,35 @@ class _Loop:
 
     def evaluate(self, writer: metrics.Writer, step: int) -> None:
         """Held-out metrics and samples: one line of metrics, one line a sample."""
-        setup, wanted = self.setup, self.experiment.evaluation
-        state, values = self.state.replace(params=self.policy()), {}
         with writer.paused():
-            if setup.held_out:
-                values |= evaluate.held_out(
-                    setup.algorithm, state, setup.frozen, setup.held_out, setup.mesh
-                )
-            if setup.prompts:
-                drawn = evaluate.completions(
-                    setup.model,
-                    state.params,
-                    setup.frozen,
-                    setup.prompts,
-                    setup.tokenizer,
-                    rewards=wanted.rewards,
-                    mesh=setup.mesh,
-                    key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
-                    n=wanted.samples,
-                    max_tokens=wanted.max_tokens,
-                    temperature=wanted.temperature,
-                )
-                values |= drawn.metrics()
-                metrics.append_rows(self.home / "samples.jsonl", step, drawn.rows(step))
-        self.last = {f"eval_{name}": value for name, value in values.items()}
+            self.last = self.measured(step)
         writer.table(step, self.last)
+
+    def measured(self, step: int) -> dict[str, float]:
+        """The metrics of an evaluation; its samples are written."""
+        setup, wanted = self.setup, self.experiment.evaluation
+        state, values = replace(self.state, params=self.policy()), {}
+        if setup.held_out:
+            values |= evaluate.held_out(
+                setup.algorithm, state, setup.frozen, setup.held_out, setup.mesh
+            )
+        if setup.prompts:
+            drawn = evaluate.completions(
+                setup.model,
+                state.params,
+                setup.frozen,
+                setup.prompts,
+                setup.tokenizer,
+                rewards=wanted.rewards,
+                mesh=setup.mesh,
+                key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
+                n=wanted.samples,
+                max_tokens=wanted.max_tokens,
+                temperature=wanted.temperature,
+            )
+            values |= drawn.metrics()
+            metrics.append_rows(self.home / "samples.jsonl", step, drawn.rows(step))
+        return {f"eval_{name}": value for name, value in values.items()}
 
 
 def _due(every: int, step: int) -> bool:
@@ -235,6 +244,19 @@ def start_state(
     return jax.device_put(state, shardings(setup.mesh, state))
 
 
+def rehearse(setup: build.Setup, state: TrainState) -> None:
+    """Traces a step and an evaluation: data that the algorithm cannot use is refused before
+    anything is written. What samples on the host is not traced."""
+    algorithm, key = setup.algorithm, jax.random.key(0)
+
+    def value(state: TrainState, frozen: Params, batch: Batch):
+        batch, memory = algorithm.collect(state, frozen, batch, key)
+        return algorithm.objective(state.params, frozen, memory, algorithm.measure(batch), key)
+
+    for batch in (setup.loader.batch(0), *setup.held_out[:1]) if algorithm.fused else ():
+        jax.eval_shape(value, state, setup.frozen, batch)
+
+
 def stepper(
     algorithm: Algorithm, tx: optax.GradientTransformation, microbatches: int, setup: build.Setup
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -247,12 +269,12 @@ def stepper(
         if algorithm.fused:
             return update(state, setup.frozen, batch, key)
         batch, memory = algorithm.collect(state, setup.frozen, batch, key)
-        state, whole, values = state.replace(memory=memory), measure(batch), {}
+        state, whole, values = replace(state, memory=memory), measure(batch), {}
         following = state.step + 1  # a step of the loop, however many updates it makes
         for _ in range(algorithm.passes):
             for part in _minibatches(whole, algorithm.minibatches):
                 state, values = update(state, setup.frozen, part, key)
-        return state.replace(step=following), values
+        return replace(state, step=following), values
 
     return advance
 
@@ -263,14 +285,15 @@ def _minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
         yield jax.tree.map(lambda x, i=part: x[i], cut)
 
 
-def _profile(window: str | None, step: int, home: epath.Path) -> None:
-    """Open and close the profiler at the steps of run.profile, "first:last"."""
+def _profile(window: str | None, start: int, step: int, home: epath.Path) -> None:
+    """Open and close the profiler at the steps of run.profile, "first:last"; `start`: where this
+    run, or its resumption inside the window, begins."""
     if window is None:
         return
     first, last = map(int, window.split(":"))
-    if step == first:
+    if step == max(first, start) < last:
         jax.profiler.start_trace(str(home / "profile"))
-    if step == last:
+    if start < last == step:
         jax.profiler.stop_trace()
 
 

@@ -25,7 +25,9 @@ EXPERIMENT = Experiment(
     parent=SFT,
     data=Data(source=PAIRS, tokenizer=sentiment.tokenizer, groups=64, row_tokens=128),
     algorithm=partial(preference, loss=partial(losses.dpo, beta=0.5)),
-    optim=Optim(learning_rate=4e-3, optimizer=partial(optim.sgd, momentum=0.9), warmup=20, clip=None),
+    optim=Optim(
+        learning_rate=4e-3, optimizer=partial(optim.sgd, momentum=0.9), warmup=20, clip=None
+    ),
     run=Run(steps=400, eval_every=50),
     evaluation=Evaluation(
         source=replace(PAIRS, prompts=partial(sentiment.prompts, n=400, seed=4), seed=1),

@@ -145,7 +145,7 @@ def test_token_kls_equal_the_sum_over_the_vocabulary(monkeypatch):
         for p in (PARAMS, OTHER)
     )
     kl_RT = jnp.sum(jnp.exp(logp) * (logp - ref), axis=-1)
-    expected = np.take_along_axis(np.asarray(kl_RT), batch.source_RN, axis=1)
+    expected = np.take_along_axis(np.asarray(kl_RT), np.asarray(batch.source_RN), axis=1)
     expected = np.where(batch.slot_RN >= 0, expected, 0.0)
     np.testing.assert_allclose(token_kls(MODEL, PARAMS, OTHER, batch), expected, atol=2e-6)
     assert (expected >= -1e-6).all() and expected.max() > 0.01

@@ -1,5 +1,6 @@
 """The step: microbatches, meshes, ln 2 at the start, updates that are skipped."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -112,7 +113,7 @@ def test_metrics_are_weighted_means_over_the_groups():
 
 
 def test_split_deals_rows_and_copies_shared_scalars():
-    batch = batches(1)[0].replace(shared={"kl": jnp.float32(3.0)})
+    batch = replace(batches(1)[0], shared={"kl": jnp.float32(3.0)})
     parts = split(batch, 4)
     assert parts.tokens_RT.shape == (4, 2, 48)
     np.testing.assert_array_equal(parts.tokens_RT[1], batch.tokens_RT[[1, 5]])
@@ -123,7 +124,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     algorithm, tx = sft(MODEL), optim.adamw(1e-2)
     update = jax.jit(make_update(algorithm, tx))
     good = batches(1)[0]
-    bad = good.replace(weight_RN=np.full_like(good.weight_RN, np.nan))
+    bad = replace(good, weight_RN=np.full_like(good.weight_RN, np.nan))
     state, _ = update(start(algorithm, tx), {}, good, None)
     after, metrics = update(state, {}, bad, None)
     assert int(metrics["skipped"]) == 1 and int(after.step) == 2
@@ -138,7 +139,7 @@ def test_three_responses_and_a_pair_loss_are_refused():
     batch = pack(groups(2, responses=3), row_tokens=64)
     with pytest.raises(BadInput, match=r"loss dpo compares 2 responses, the data has 3"):
         algorithm.objective(
-            OTHER, {}, {}, batch.replace(ref_logp_RN=np.zeros_like(batch.weight_RN)), None
+            OTHER, {}, {}, replace(batch, ref_logp_RN=np.zeros_like(batch.weight_RN)), None
         )
 
 
@@ -160,7 +161,8 @@ def test_parameters_and_moments_lie_where_their_letters_say():
     places = parallel.shardings(mesh, state)
     spec = places.params["layers"]["q_DHE"].spec
     assert spec == PartitionSpec(None, "fsdp", "tensor", None)
-    assert places.params["embed_VD"].spec == PartitionSpec(None, "fsdp")  # 17 tokens do not divide over 2
+    # 17 tokens do not divide over 2 devices
+    assert places.params["embed_VD"].spec == PartitionSpec(None, "fsdp")
     assert places.opt_state[0].mu["layers"]["q_DHE"].spec == spec
     assert CONFIG.V % 2 == 1
 

@@ -66,7 +66,7 @@ def test_visible_is_the_rule_written_out():
 def test_attention_against_a_loop_over_queries_and_heads():
     rng = np.random.default_rng(0)
     R, T, H, J, E = 2, 6, 4, 2, 8
-    q, k, v = (rng.normal(size=(R, T, x, E)).astype(np.float32) for x in (H, J, J))
+    q, k, v = (jnp.asarray(rng.normal(size=(R, T, x, E)), jnp.float32) for x in (H, J, J))
     until_RS = np.maximum(rng.integers(1, T + 1, (R, T)), np.arange(1, T + 1)[None, :])
     out = attention(q, k, v, jnp.asarray(until_RS))
     for r, t, h in np.ndindex(R, T, H):
@@ -132,8 +132,9 @@ def test_remat_saves_memory():
         def total(p, ids):
             return jnp.sum(decoder(big, remat=remat).hidden(p, ids, ids, ids)[0])
 
-        compiled = jax.jit(jax.grad(total)).lower(params, ids_RT).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis = jax.jit(jax.grad(total)).lower(params, ids_RT).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert temporary("full") < 0.6 * temporary("none")
 

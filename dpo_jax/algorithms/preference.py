@@ -1,6 +1,7 @@
 """Offline preference optimisation: any loss of `losses` over the log-probabilities of groups."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 
@@ -27,12 +28,13 @@ def preference(model: Model, *, loss: Loss) -> Algorithm:
 
     def collect(state, frozen, batch: Batch, key: jax.Array):
         if needs.reference:
-            batch = batch.replace(ref_logp_RN=token_logps(model, frozen["reference"], batch))
+            batch = replace(batch, ref_logp_RN=token_logps(model, frozen["reference"], batch))
         return batch, state.memory
 
     def measured(batch: Batch) -> Batch:
         first_RN = jnp.where(batch.slot_RN % batch.end_RGK.shape[2] == 0, batch.weight_RN, 0.0)
-        return batch.replace(
+        return replace(
+            batch,
             weight_RG=losses.measure.token_mean(batch.weight_RG),
             weight_RN=losses.measure.token_mean(first_RN),
         )
@@ -42,21 +44,25 @@ def preference(model: Model, *, loss: Loss) -> Algorithm:
         scored = score(batch, logp_RN)
         _check_responses(loss, needs, scored)
         tokens_RGK = per_response(batch.weight_RN, batch)
-        weight_B = scored.weight_B if needs.measure == "groups" else tokens_RGK[:, :, 0].reshape(-1)
+        by_group = needs.measure == "groups"
+        weight_B = jnp.ravel(batch.weight_RG if by_group else tokens_RGK[:, :, 0])
         value = weighted(weight_B, loss(scored))
-        return value, {"loss": value, **margins(scored, loss)}
+        return value, {"loss": value, **margins(scored, jnp.ravel(batch.weight_RG), loss)}
 
     return Algorithm(
         init, collect, measured, objective, fused=True, frozen=("reference",) * needs.reference
     )
 
 
-def score(batch: Batch, logp_RN: jax.Array) -> Scored:
+def score(batch: Batch, logp_RN: Array) -> Scored:
     """What a loss may know of a batch whose policy log-probs are given; B = R * G."""
-    R, G = batch.weight_RG.shape
+    B = batch.weight_RG.size
 
-    def flat(x):
-        return None if x is None else x.reshape(R * G, *x.shape[2:])
+    def flat(x: Array) -> jax.Array:
+        return jnp.reshape(x, (B, *x.shape[2:]))
+
+    def optional(x: Array | None) -> jax.Array | None:
+        return None if x is None else flat(x)
 
     ref_logp_RN = batch.ref_logp_RN
     return Scored(
@@ -65,10 +71,10 @@ def score(batch: Batch, logp_RN: jax.Array) -> Scored:
         length_BK=flat(response_lengths(batch)),
         mask_BK=flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0)),
         weight_B=flat(batch.weight_RG),
-        score_BKC=flat(batch.score_RGKC),
-        label_B=flat(batch.label_RG),
-        soft_label_B=flat(batch.soft_label_RG),
-        margin_B=flat(batch.margin_RG),
+        score_BKC=optional(batch.score_RGKC),
+        label_B=optional(batch.label_RG),
+        soft_label_B=optional(batch.soft_label_RG),
+        margin_B=optional(batch.margin_RG),
         **batch.shared,
     )
 
@@ -88,17 +94,17 @@ def reward_scale(loss: Loss) -> float | Array:
     return keywords.get("beta", default)
 
 
-def margins(scored: Scored, loss: Loss) -> Metrics:
+def margins(scored: Scored, weight_B: Array, loss: Loss) -> Metrics:
     """TRL's metrics of chosen (first) and rejected (last) responses, each a weighted sum.
 
     rewards are beta (log p - log p_ref), or beta log p without a reference (divided by the length
     where the loss does so); a tie counts 0 in `rewards/accuracies` and 1 in `rewards/ties`.
     """
-    needs, logp_BK, weight_B = losses.needs(loss), scored.logp_BK, scored.weight_B
-    if needs.reference:
+    needs, logp_BK = losses.needs(loss), scored.logp_BK
+    if needs.reference and scored.ref_logp_BK is not None:
         logp_BK = logp_BK - scored.ref_logp_BK
-    elif "length_BK" in needs.fields:
-        logp_BK = logp_BK / jnp.maximum(scored.length_BK, 1.0)
+    elif "length_BK" in needs.fields and scored.length_BK is not None:
+        logp_BK = losses.measure.per_token(logp_BK, scored.length_BK)
     reward_BK = jax.lax.stop_gradient(reward_scale(loss) * logp_BK)
     summed = partial(weighted, weight_B)
     metrics = {

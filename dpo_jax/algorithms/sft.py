@@ -1,6 +1,7 @@
 """Supervised fine-tuning: maximise the log-probability of every response."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def sft(model: Model, *, measure: Callable[[Array, Array], Array] = token_mean) 
         return batch, state.memory
 
     def measured(batch: Batch) -> Batch:
-        return batch.replace(weight_RN=measure(batch.weight_RN, batch.slot_RN))
+        return replace(batch, weight_RN=measure(batch.weight_RN, batch.slot_RN))
 
     def objective(params, frozen, memory, batch: Batch, key) -> tuple[jax.Array, Metrics]:
         logp_RN = token_logps(model, join(params, frozen), batch)

@@ -83,13 +83,18 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> list[Ids]:
     """The ids of the texts alone; special tokens are neither added nor read from the text."""
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    try:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    except Exception as error:  # tokenizers raises no narrower one
+        if len(texts) > 1:  # find the text
+            return [_encoded([text], tokenizer)[0] for text in texts]
+        raise BadInput(f"the tokenizer cannot read the text {texts[0][:60]!r} ({error})") from error
     return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 

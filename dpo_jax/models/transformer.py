@@ -1,5 +1,6 @@
 """One decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, layers under one scan."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+UNROLLED = 4  # layers; a loop this short costs more than its compilation saves
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, in float32; returns the dtype of x."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return jnp.einsum("...d,d->...d", normal, scale_D.astype(jnp.float32)).astype(x.dtype)
+    return (normal * jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 def rotary(positions_RT: jax.Array, E: int, base: float) -> tuple[jax.Array, jax.Array]:
@@ -68,35 +72,41 @@ def rotate(x_RTHE: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer; scanned over L with its slice of the cache."""
+    """One layer of the scan; the cache of all layers is carried, so that it is written in place."""
 
     config: Config
     dtype: Any
 
     def weight(self, name: str, scale: float = 1.0) -> jax.Array:
         shape = tuple(getattr(self.config, axis) for axis in name.rpartition("_")[2])
-        init = nn.initializers.normal(0.02 * scale) if len(shape) > 1 else nn.initializers.ones
+        init = nn.initializers.ones
+        if len(shape) > 1:  # what is summed over: D, or H and E, or F
+            fan_in = shape[0] if name[-1] != "D" else math.prod(shape[:-1])
+            init = nn.initializers.normal(scale * fan_in**-0.5)
         return self.param(name, init, shape, jnp.float32).astype(self.dtype)
 
     @nn.compact
-    def __call__(self, x_RTD, layer_cache, turn, until_RS, index):
+    def __call__(self, carry, layer, turn, until_RS, index):
         c, residual = self.config, (2 * self.config.L) ** -0.5
+        x_RTD, cache = carry
         normal = rms_norm(x_RTD, self.weight("attention_norm_D"), c.norm_eps)
         q = rotate(jnp.einsum("rtd,dhe->rthe", normal, self.weight("q_DHE")), turn)
         k = rotate(jnp.einsum("rtd,dje->rtje", normal, self.weight("k_DJE")), turn)
         v = jnp.einsum("rtd,dje->rtje", normal, self.weight("v_DJE"))
-        if layer_cache is not None:
-            start = (0, index, 0, 0)
-            k = jax.lax.dynamic_update_slice(layer_cache[0], k, start)
-            v = jax.lax.dynamic_update_slice(layer_cache[1], v, start)
-            layer_cache = (k, v)
+        if cache is not None:
+            start = (layer, 0, index, 0, 0)
+            cache = tuple(
+                jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
+                for all_LRSJE, new in zip(cache, (k, v), strict=True)
+            )
+            k, v = (all_LRSJE[layer] for all_LRSJE in cache)
         seen = attention(q, k, v, until_RS, offset=index)
         x_RTD = x_RTD + jnp.einsum("rthe,hed->rtd", seen, self.weight("o_HED", residual))
         normal = rms_norm(x_RTD, self.weight("mlp_norm_D"), c.norm_eps)
         gate = jax.nn.silu(jnp.einsum("rtd,df->rtf", normal, self.weight("gate_DF")))
         up = jnp.einsum("rtd,df->rtf", normal, self.weight("up_DF"))
         x_RTD = x_RTD + jnp.einsum("rtf,fd->rtd", gate * up, self.weight("down_FD", residual))
-        return constrain(x_RTD, "R--"), layer_cache
+        return (constrain(x_RTD, "R--"), cache), None
 
 
 class Decoder(nn.Module):
@@ -107,19 +117,21 @@ class Decoder(nn.Module):
     remat: str
 
     def setup(self):
-        c, init = self.config, nn.initializers.normal(0.02)
+        c, init = self.config, nn.initializers.normal(self.config.D**-0.5)
         self.embed_VD = self.param("embed_VD", init, (c.V, c.D), jnp.float32)
         self.final_norm_D = self.param("final_norm_D", nn.initializers.ones, (c.D,), jnp.float32)
         if not c.tied:
             self.unembed_DV = self.param("unembed_DV", init, (c.D, c.V), jnp.float32)
         policy = REMAT[self.remat]
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-        self.layers = nn.scan(
+        scanned: Any = nn.scan
+        self.layers = scanned(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.L,
+            unroll=c.L if c.L <= UNROLLED else 1,
         )(c, self.dtype)
 
     def __call__(self, tokens_RT, positions_RT, until_RT, cache=None):
@@ -127,16 +139,18 @@ class Decoder(nn.Module):
         # the gather wants the table whole along D: fsdp shards are fetched, not the activations
         table_VD = constrain(self.embed_VD, "V-").astype(self.dtype)
         x_RTD = constrain(jnp.take(table_VD, tokens_RT, axis=0), "R--")
-        turn = rotary(positions_RT, c.E, c.rope_base)
+        turn, layers_L = rotary(positions_RT, c.E, c.rope_base), jnp.arange(c.L)
         if cache is None:
-            x_RTD, _ = self.layers(x_RTD, None, turn, until_RT, 0)
+            (x_RTD, _), _ = self.layers((x_RTD, None), layers_L, turn, until_RT, 0)
         else:
             if isinstance(cache, int):
                 cache = self.empty_cache(tokens_RT.shape[0], cache)
             seen_RS = jax.lax.dynamic_update_slice(cache.until_RS, until_RT, (0, cache.index))
-            layers = (cache.k_LRSJE, cache.v_LRSJE)
-            x_RTD, layers = self.layers(x_RTD, layers, turn, seen_RS, cache.index)
-            cache = Cache(*layers, seen_RS, cache.index + tokens_RT.shape[1])
+            carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
+            (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(
+                carry, layers_L, turn, seen_RS, cache.index
+            )
+            cache = Cache(k_LRSJE, v_LRSJE, seen_RS, cache.index + tokens_RT.shape[1])
         return rms_norm(x_RTD, self.final_norm_D, c.norm_eps), cache
 
     def empty_cache(self, rows: int, places: int) -> Cache:
@@ -179,7 +193,7 @@ def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> M
     def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
         return module.apply({"params": params}, tokens_RT, positions_RT, until_RT, cache)
 
-    def unembed(params, hidden):
+    def unembed(params, hidden) -> Any:
         return module.apply({"params": params}, hidden, method=Decoder.unembed)
 
     return Model(init, hidden, unembed)
