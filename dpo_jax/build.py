@@ -93,17 +93,27 @@ def tokenizer(experiment: Experiment) -> Any:
 
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
     """Parent and records; `run` trains what is missing among parents and sampled data."""
+    wanted, on_bad = experiment.evaluation, experiment.data.on_bad
+    roles = {
+        "data.source": experiment.data.source,
+        "evaluation.source": wanted.source,
+        "evaluation.prompts": wanted.prompts,
+    }
+    # what has only to be read comes first: its faults show before a parent is trained
+    found = {
+        role: read_records(role, source, run, on_bad)
+        for role, source in sorted(roles.items(), key=lambda item: isinstance(item[1], Sampled))
+    }
     parent, params = experiment.parent, None
     if isinstance(parent, Experiment):
         params = run(parent).params
     elif parent is not None:
         params = rundir.load_weights(epath.Path(parent), model(experiment), mesh(experiment))
-    on_bad, wanted = experiment.data.on_bad, experiment.evaluation
     return Materials(
         params=params,
-        data=read_records("data.source", experiment.data.source, run, on_bad),
-        held_out=read_records("evaluation.source", wanted.source, run, on_bad),
-        prompts=read_records("evaluation.prompts", wanted.prompts, run, on_bad),
+        data=found["data.source"],
+        held_out=found["evaluation.source"],
+        prompts=found["evaluation.prompts"],
     )
 
 
@@ -219,6 +229,8 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
             temperature=wanted.temperature,
         )
         rows += labelled(drawn, wanted.annotator, rng)
+    if not rows:
+        raise BadInput(f"{name} gave no pair of different, finished responses: train it longer")
     file.parent.mkdir(parents=True, exist_ok=True)
     rundir.write(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -87,9 +87,19 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+def _keep_compilations() -> None:
+    """Compiled programs outlive the process, unless the user's environment says where or not."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "dpo_jax", "xla"))
+
+
 def _run(name: str, where: str, overrides: dict[str, str], wants_help: bool) -> int:
     from dpo_jax import experiment
 
+    _keep_compilations()
     module = experiment.load(where)
     if wants_help:
         print(listing(name, where, experiment.override(module.EXPERIMENT, overrides)))

@@ -51,9 +51,11 @@ def sample(
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise BadInput("sampling wants prompts of at least one token (BOS, say)")
+    if not prompts:
+        return Samples([], [], np.zeros((0, n), bool))
     numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
     per_call = max(1, rows // n)
-    longest = max((len(prompt) for prompt in prompts), default=1)
+    longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
     tokens, logps = [], []

@@ -127,13 +127,13 @@ class _Loop:
         self.updates = algorithm.passes * algorithm.minibatches  # optimizer updates a step
         tx = optim.transformation(experiment.optim, options.steps * self.updates)
         self.rate = optim.rate(experiment.optim, options.steps * self.updates)
-        self.advance = stepper(algorithm, tx, options.microbatches, setup)
         self.checkpoints = Checkpoints(home / "checkpoints", keep=options.keep)
         self.state, self.start = start_state(algorithm, tx, setup, options.seed), 0
         if self.checkpoints.steps():
             self.state, self.start = self.checkpoints.restore(abstract(setup.mesh, self.state))
         self.last: dict[str, float] = {}
         rehearse(setup, self.state)
+        self.advance = Stepper(algorithm, tx, options.microbatches, setup, self.state)
 
     def run(self) -> tuple[Params, dict[str, float]]:
         """Steps to the end; returns the final weights and the last evaluation."""
@@ -245,38 +245,61 @@ def start_state(
 
 
 def rehearse(setup: build.Setup, state: TrainState) -> None:
-    """Traces a step and an evaluation: data that the algorithm cannot use is refused before
-    anything is written. What samples on the host is not traced."""
+    """Traces an evaluation, as compiling traces a step: data that the algorithm cannot use is
+    refused before anything is written. What samples on the host is not traced."""
     algorithm, key = setup.algorithm, jax.random.key(0)
 
     def value(state: TrainState, frozen: Params, batch: Batch):
         batch, memory = algorithm.collect(state, frozen, batch, key)
         return algorithm.objective(state.params, frozen, memory, algorithm.measure(batch), key)
 
-    for batch in (setup.loader.batch(0), *setup.held_out[:1]) if algorithm.fused else ():
+    for batch in setup.held_out[:1] if algorithm.fused else ():
         jax.eval_shape(value, state, setup.frozen, batch)
 
 
-def stepper(
-    algorithm: Algorithm, tx: optax.GradientTransformation, microbatches: int, setup: build.Setup
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """advance(state, host batch, key) -> (state, metrics), where the state is given away."""
-    update = jax.jit(make_update(algorithm, tx, microbatches=microbatches), donate_argnums=0)
-    measure = jax.jit(algorithm.measure)
+class Stepper:
+    """advance(state, host batch, key) -> (state, metrics), where the state is given away.
 
-    def advance(state: TrainState, batch: Batch, key: jax.Array):
-        batch = shard_batch(setup.mesh, batch)
-        if algorithm.fused:
-            return update(state, setup.frozen, batch, key)
-        batch, memory = algorithm.collect(state, setup.frozen, batch, key)
-        state, whole, values = replace(state, memory=memory), measure(batch), {}
+    Every shape of the ladder is compiled before the first step, another one when it comes.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        tx: optax.GradientTransformation,
+        microbatches: int,
+        setup: build.Setup,
+        state: TrainState,
+    ):
+        self.algorithm, self.setup = algorithm, setup
+        places = shardings(setup.mesh, state)
+        update = make_update(algorithm, tx, microbatches=microbatches)
+        self.update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+        self.measure = jax.jit(algorithm.measure)
+        self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
+        for shape in setup.loader.ladder if algorithm.fused else ():
+            example = shard_batch(setup.mesh, setup.loader.example(shape))
+            self.ready(state, example, jax.random.key(0))
+
+    def ready(self, state: TrainState, batch: Batch, key: jax.Array) -> Callable:
+        """The update compiled for the shapes of a batch."""
+        shape = (*batch.tokens_RT.shape, *batch.target_RN.shape, *batch.end_RGK.shape)
+        if shape not in self.compiled:
+            lowered = self.update.lower(state, self.setup.frozen, batch, key)
+            self.compiled[shape] = lowered.compile()
+        return self.compiled[shape]
+
+    def __call__(self, state: TrainState, batch: Batch, key: jax.Array):
+        batch, frozen = shard_batch(self.setup.mesh, batch), self.setup.frozen
+        if self.algorithm.fused:
+            return self.ready(state, batch, key)(state, frozen, batch, key)
+        batch, memory = self.algorithm.collect(state, frozen, batch, key)
+        state, whole, values = replace(state, memory=memory), self.measure(batch), {}
         following = state.step + 1  # a step of the loop, however many updates it makes
-        for _ in range(algorithm.passes):
-            for part in _minibatches(whole, algorithm.minibatches):
-                state, values = update(state, setup.frozen, part, key)
+        for _ in range(self.algorithm.passes):
+            for part in _minibatches(whole, self.algorithm.minibatches):
+                state, values = self.ready(state, part, key)(state, frozen, part, key)
         return replace(state, step=following), values
-
-    return advance
 
 
 def _minibatches(batch: Batch, parts: int) -> Iterator[Batch]:

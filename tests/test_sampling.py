@@ -226,7 +226,7 @@ def test_completions_count_tokens_and_decode_without_the_end():
     assert done.kl is None and done.tokens.shape == done.finished.shape == (2, 3)
     for i, texts in enumerate(done.texts):
         for k, text in enumerate(texts):
-            assert tokenizer.eos_token not in text
+            assert "<eos>" not in text
             assert len(text.split()) <= done.tokens[i, k] <= 5
             assert done.rewards["words"][i, k] == len(text.split()) + 100 * i
     assert [row["prompt"] for row in done.rows(4)] == ["the film"] * 3 + ["this sequel was"] * 3

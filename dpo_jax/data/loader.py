@@ -71,6 +71,10 @@ class Loader:
             [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
         )
 
+    def example(self, shape: Shape) -> Batch:
+        """One group in a batch of this shape, to compile for."""
+        return lay_out([self.groups[0]], [[0]], shape, record_B=[0])
+
     def describe(self) -> str:
         """One line: groups a step, the ladder, the fill and what it was measured on."""
         shapes = ", ".join(f"{shape.rows}x{shape.tokens}" for shape in self.ladder)
