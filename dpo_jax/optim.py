@@ -110,14 +110,17 @@ def wsd(
 # Optimizers
 
 
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
+
+
 def _is_matrix(path: tuple, leaf: Any) -> bool:
     """Whether a parameter maps between axes, by its name: two axis letters or more, no bias.
 
     `L` does not count, it only stacks layers. A name without axis letters (a foreign module's) is
     judged by its number of dimensions.
     """
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    words = name.split("_")
+    words = _name(path).split("_")
     if "bias" in words:
         return False
     if len(words) > 1 and words[-1].isalpha() and words[-1].isupper():
@@ -168,6 +171,31 @@ def sgd(learning_rate: Any, *, momentum: float = 0.0) -> optax.GradientTransform
     _check_rate("learning_rate", learning_rate)
     _check(0 <= momentum < 1, "momentum", momentum, "it lies in [0, 1)")
     return optax.sgd(learning_rate, momentum=momentum or None)
+
+
+def only(
+    learning_rate: Any,
+    *,
+    names: tuple[str, ...],
+    optimizer: Callable[..., optax.GradientTransformation] = adamw,
+) -> optax.GradientTransformation:
+    """`optimizer` on the parameters of these names, as ("embed_VD",); the others stay.
+
+    Raises: BadInput for a name that no parameter has.
+    """
+
+    def chosen(params: Params) -> Params:
+        known = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        unknown = set(names) - known
+        _check(not unknown, "names", sorted(unknown), f"there are {', '.join(sorted(known))}")
+        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in names, params)
+
+    def others(params: Params) -> Params:
+        return jax.tree.map(lambda is_chosen: not is_chosen, chosen(params))
+
+    return optax.chain(
+        optax.masked(optimizer(learning_rate), chosen), optax.masked(optax.set_to_zero(), others)
+    )
 
 
 # The whole transformation

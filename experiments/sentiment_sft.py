@@ -14,9 +14,9 @@ from dpo_jax.worlds import sentiment
 
 EXPERIMENT = Experiment(
     name="sentiment_sft",
-    model=Config(V=len(sentiment.VOCABULARY), D=64, L=2, H=4, J=4, E=16, F=192),
+    model=Config(V=len(sentiment.VOCABULARY), D=64, L=2, H=4, J=4, E=16, F=192, tied=False),
     data=Data(
-        source=partial(sentiment.reviews, n=60_000, seed=0),
+        source=partial(sentiment.reviews, n=100_000, seed=0),
         tokenizer=sentiment.tokenizer,
         groups=64,
         row_tokens=64,
@@ -28,7 +28,7 @@ EXPERIMENT = Experiment(
         schedule=partial(optim.cosine, final=0.05),
         warmup=50,
     ),
-    run=Run(steps=1500, save_every=500, log_every=10),
+    run=Run(steps=2500, log_every=10),
     evaluation=Evaluation(
         source=partial(sentiment.reviews, n=1000, seed=1),
         prompts=partial(sentiment.prompts, n=512, seed=2),

@@ -278,3 +278,20 @@ def test_a_negative_rate_is_refused_without_a_schedule_too():
     for optimizer in (optim.adamw, optim.rmsprop, optim.sgd):
         with pytest.raises(BadInput, match="learning_rate=-1"):
             optimizer(-1)
+
+
+def test_only_moves_the_named_parameters_as_the_optimizer_alone_would():
+    rate = 0.1
+    whole, _ = trained(optim.adamw(rate, weight_decay=0.5))
+    path, _ = trained(
+        optim.only(rate, names=("embed_VD",), optimizer=partial(optim.adamw, weight_decay=0.5))
+    )
+    # two programs, fused differently: float32 rounding
+    np.testing.assert_allclose(path[-1]["embed_VD"], whole[-1]["embed_VD"], rtol=5e-6)
+    for name in ("q_DHE", "norm_D"):
+        np.testing.assert_array_equal(path[-1]["layers"][name], weights()["layers"][name])
+
+
+def test_only_refuses_names_that_no_parameter_has():
+    with pytest.raises(BadInput, match=r"embed_VT.*there are embed_VD, norm_D, q_DHE"):
+        optim.only(0.1, names=("embed_VT",)).init(weights())
