@@ -22,7 +22,7 @@ from dpo_jax.structs import BadInput
 from dpo_jax.train import Result, run
 from dpo_jax.values import show as show_value
 
-PROMPTS, SAMPLES = 96, 256  # of the reference, for the two curves
+PROMPTS, SAMPLES = 64, 256  # of the reference, for the two curves
 AT_ONCE = 8  # prompts
 LEAST_SAMPLES = 8.0  # effective samples below which importance weights say nothing
 LAMBDAS = (8.0, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)

@@ -126,7 +126,7 @@ class _Loop:
         self.experiment, self.setup, self.home = experiment, setup, home
         self.updates = algorithm.passes * algorithm.minibatches  # optimizer updates a step
         tx = optim.transformation(experiment.optim, options.steps * self.updates)
-        self.rate = optim.rate(experiment.optim, options.steps * self.updates)
+        self.rate = jax.jit(optim.rate(experiment.optim, options.steps * self.updates))
         self.checkpoints = Checkpoints(home / "checkpoints", keep=options.keep)
         self.state, self.start = start_state(algorithm, tx, setup, options.seed), 0
         if self.checkpoints.steps():

@@ -1,5 +1,4 @@
 """dpo-jax train experiments/sentiment_sft.py: a small decoder learns to write film reviews.
-
 Cost: a minute on 2 CPU cores.
 Result: 20.3 nats a completion, where the grammar's own entropy is 20.1.
 """
@@ -28,7 +27,7 @@ EXPERIMENT = Experiment(
         schedule=partial(optim.cosine, final=0.05),
         warmup=50,
     ),
-    run=Run(steps=2500, log_every=10),
+    run=Run(steps=2000, log_every=10),
     evaluation=Evaluation(
         source=partial(sentiment.reviews, n=1000, seed=1),
         prompts=partial(sentiment.prompts, n=512, seed=2),

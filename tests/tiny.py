@@ -5,7 +5,7 @@ import numpy as np
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Group
 
-CONFIG = Config(V=17, D=16, L=2, H=4, J=2, E=4, F=24)
+CONFIG = Config(V=17, D=16, L=1, H=4, J=2, E=4, F=24)
 MODEL = decoder(CONFIG)
 
 
