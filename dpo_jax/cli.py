@@ -89,10 +89,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def _keep_compilations() -> None:
-    """Compiled programs outlive the process, unless the user's environment says where or not."""
+    """Compiled programs outlive the process, where the user's environment does not say otherwise."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "dpo_jax", "xla"))
 

@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec
-from tiny import CONFIG, MODEL, groups, relative_error
+from tiny import groups, relative_error
 
 from dpo_jax import losses, optim, parallel
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.sft import sft
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import response_logps
+from dpo_jax.models.transformer import decoder
 from dpo_jax.structs import BadInput, TrainState
 from dpo_jax.train import make_update, split
 
+CONFIG = replace(tiny.CONFIG, L=2)
+MODEL = decoder(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 OTHER = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), PARAMS)
 DPO = partial(preference, loss=partial(losses.dpo, beta=0.1))
