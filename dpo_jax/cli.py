@@ -89,7 +89,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def _keep_compilations() -> None:
-    """Compiled programs outlive the process, where the user's environment does not say otherwise."""
+    """Compiled programs outlive the process, unless the environment says where or how."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
