@@ -1,6 +1,6 @@
 """dpo-jax train experiments/sentiment_sft.py: a small decoder learns to write film reviews.
 Cost: a minute on 2 CPU cores.
-Result: 20.3 nats a completion, where the grammar's own entropy is 20.1.
+Result: 1.559 nats a token on held-out reviews, 98.6% of the samples are grammatical.
 """
 
 from functools import partial
