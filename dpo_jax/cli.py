@@ -99,7 +99,7 @@ def _keep_compilations() -> None:
 
 def _keep_memory() -> None:
     """Let glibc keep what XLA frees: a step's temporaries above 32 MiB would go back to the system
-    and come again page by page in the next step, up to half the time of a step on a CPU."""
+    and come again page by page, as faults, in the next step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>

@@ -1,6 +1,7 @@
 """dpo-jax train experiments/sentiment_sft.py: a small decoder learns to write film reviews.
 Cost: a minute on 2 CPU cores.
-Result: 1.559 nats a token on held-out reviews, 98.6% of the samples are grammatical.
+Result: 1.559 nats a token on held-out reviews, 98.6% of the samples are grammatical
+(commit 4c19826, 2 cores of an AMD EPYC).
 """
 
 from functools import partial
