@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +16,12 @@ from dpo_jax import parallel, rundir
 from dpo_jax.data import sources, template
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.evaluate import Completions, completions
-from dpo_jax.experiment import Experiment, Sampled, digest
+from dpo_jax.experiment import Experiment, Sampled, digest, with_numbers
 from dpo_jax.metrics import flops_per_token, progress
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
+from dpo_jax.values import show
+from dpo_jax.worlds.annotators import Label
 
 SAMPLED_AT_ONCE = 256  # prompts
 HELD_OUT_GROUPS = 128  # groups of one evaluation batch
@@ -42,9 +44,11 @@ class Setup:
 
     mesh: jax.sharding.Mesh
     model: Model
+    bind: Callable[[dict[str, Any]], Algorithm]  # the algorithm with other numbers, by dotted path
     algorithm: Algorithm
     params: Params  # the weights it starts from
     frozen: dict[str, Params]
+    start: Params | None  # the parent's weights, where evaluations measure the KL to them
     tokenizer: Any
     loader: Loader
     held_out: list[Batch]
@@ -119,49 +123,82 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
     """Model, weights, algorithm and batches, on the mesh."""
-    made, options, decoder_model = tokenizer(experiment), experiment.run, model(experiment)
+    made, decoder_model = tokenizer(experiment), model(experiment)
     architecture = config(experiment)
     if len(made) > architecture.V:
         raise BadInput(f"model.V={architecture.V} is less than the tokenizer's {len(made)} tokens")
-    algorithm = experiment.algorithm(decoder_model)
-    if set(algorithm.frozen) - {"reference"}:
-        raise BadInput(
-            f"the algorithm wants {algorithm.frozen}; the only frozen weights are `reference`"
-        )
+
+    def bind(numbers: dict[str, Any]) -> Algorithm:
+        return with_numbers(experiment, numbers).algorithm(decoder_model)
+
+    algorithm = bind({})
+    _check_algorithm(experiment, algorithm)
     rows = parallel.row_multiple(mesh)
     size = {"row_tokens": experiment.data.row_tokens}
-    loader = Loader(
-        _groups(experiment, "data.source", given.data, made),
-        step_groups=experiment.data.groups,
-        seed=options.seed,
-        steps=options.steps,
-        rows_multiple=rows * options.microbatches,
-        **size,
+    loader = _loader(
+        experiment, _groups(experiment, "data.source", given.data, made, algorithm), mesh
     )
     held_out: list[Batch] = []
     if given.held_out:
-        groups = _groups(experiment, "evaluation.source", given.held_out, made)
+        groups = _groups(experiment, "evaluation.source", given.held_out, made, algorithm)
         held_out = list(sequential(groups, step_groups=HELD_OUT_GROUPS, rows_multiple=rows, **size))
     shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
-    places = parallel.shardings(mesh, shapes)
-    if given.params is None:
-        draw = jax.jit(decoder_model.init, out_shardings=places)
-        params = draw(jax.random.key(options.seed))
-    else:
-        params = jax.device_put(given.params, places)
+    params = _params(experiment, mesh, given)
     passes = 3 + len(algorithm.frozen)  # forward, backward twice as much, a forward per reference
+    # copies: the loop donates the policy's arrays
+    frozen = {name: jax.tree.map(jnp.copy, params) for name in algorithm.frozen}
+    start = None
+    if given.prompts and experiment.parent is not None:
+        start = frozen.get("reference") or jax.tree.map(jnp.copy, params)
     return Setup(
         mesh=mesh,
         model=decoder_model,
+        bind=bind,
         algorithm=algorithm,
         params=params,
-        # a copy: the loop donates the policy's arrays
-        frozen={name: jax.tree.map(jnp.copy, params) for name in algorithm.frozen},
+        frozen=frozen,
+        start=start,
         tokenizer=made,
         loader=loader,
         held_out=held_out,
         prompts=given.prompts,
         flops_per_token=flops_per_token(shapes, passes=passes),
+    )
+
+
+def reseeded(
+    setup: Setup, experiment: Experiment, given: Materials, numbers: dict[str, Any]
+) -> Setup:
+    """The setup of an experiment that differs in run.seed and in `numbers`; the rest is shared."""
+    return replace(
+        setup,
+        algorithm=setup.bind(numbers),
+        params=_params(experiment, setup.mesh, given),
+        loader=_loader(experiment, setup.loader.groups, setup.mesh),
+    )
+
+
+def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Params:
+    """The parent's weights, or those that run.seed draws, on the mesh."""
+    init = model(experiment).init
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    places = parallel.shardings(mesh, shapes)
+    if given.params is not None:
+        # a parent in another dtype is read as this run stores its weights
+        placed = jax.device_put(given.params, places)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), placed, shapes)
+    return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
+
+
+def _loader(experiment: Experiment, groups: Sequence[Group], mesh: jax.sharding.Mesh) -> Loader:
+    options = experiment.run
+    return Loader(
+        groups,
+        step_groups=experiment.data.groups,
+        row_tokens=experiment.data.row_tokens,
+        seed=options.seed,
+        steps=options.steps,
+        rows_multiple=parallel.row_multiple(mesh) * options.microbatches,
     )
 
 
@@ -177,15 +214,34 @@ def read_records(role: str, source: Any, run: Callable[..., Any], on_bad: str = 
     return found
 
 
-def _groups(experiment: Experiment, role: str, found: Records, made: Any) -> list[Group]:
-    """Tokenised groups of one role; what was dropped is said once."""
+def _check_algorithm(experiment: Experiment, algorithm: Algorithm) -> None:
+    """BadInput for an algorithm that this run cannot be right for."""
+    if set(algorithm.frozen) - {"reference"}:
+        raise BadInput(
+            f"the algorithm wants {algorithm.frozen}; the only frozen weights are `reference`"
+        )
+    parts = experiment.run.microbatches
+    if algorithm.coupled and parts > 1:
+        raise BadInput(
+            f"run.microbatches={parts} would part the groups of a step, which the loss of "
+            f"{show(experiment.algorithm)} compares with each other: set run.microbatches=1, or "
+            "take a loss that is not coupled"
+        )
+
+
+def _groups(
+    experiment: Experiment, role: str, found: Records, made: Any, algorithm: Algorithm
+) -> list[Group]:
+    """Groups of one role as the algorithm takes them; what was dropped is said once."""
     data = experiment.data
     groups, dropped = template.tokenize(
         found, made, row_tokens=data.row_tokens, truncation=data.truncation
     )
     if dropped:
         rundir.say(f"{role}: {len(groups)} of {len(found)} records kept, {_counted(dropped)}")
-    return groups
+    if data.arrange is not None:
+        groups = data.arrange(groups)
+    return algorithm.prepare(groups, data.row_tokens)
 
 
 def data_digest(groups: Sequence[Group]) -> str:
@@ -222,7 +278,7 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
             {},
             prompts[start : start + SAMPLED_AT_ONCE],
             result.tokenizer,
-            rewards=(wanted.reward,),
+            rewards=wanted.rewards,
             key=jax.random.fold_in(key, start),
             n=wanted.n,
             max_tokens=wanted.max_tokens,
@@ -230,7 +286,9 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
         )
         rows += labelled(drawn, wanted.annotator, rng)
     if not rows:
-        raise BadInput(f"{name} gave no pair of different, finished responses: train it longer")
+        raise BadInput(
+            f"{name} gave no label of different, finished responses: train it longer or raise n"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     rundir.write(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -239,20 +297,37 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
 def labelled(
     drawn: Completions, annotator: Callable[..., Any], rng: np.random.Generator
 ) -> Records:
-    """Every pair that the annotator labels, with the true rewards and the probability it had.
+    """Every label of the annotator as a record, with all scores and the probability it had.
 
-    Equal texts are no pair; a response cut before its end is left out, for it has no EOS to learn.
+    Of equal texts the best placed stays; a response cut before its end is left out, for it has no
+    EOS to learn. A pair or a ranking of which less than two are left is none.
     """
-    (score_BK,) = drawn.rewards.values()
+    score_BKC = np.stack([*drawn.rewards.values()], axis=-1)
     rows = []
     for i, (record, texts) in enumerate(zip(drawn.records, drawn.texts, strict=True)):
-        for winner, loser, p in annotator(score_BK[i], rng):
-            if texts[winner] == texts[loser] or not drawn.finished[i, [winner, loser]].all():
+        for label in annotator(score_BKC[i], rng):
+            whole = {k: texts[k] for k in label.order if drawn.finished[i, k]}
+            kept = [k for k in whole if k == next(j for j in whole if whole[j] == whole[k])]
+            if len(kept) < min(2, len(label.order)):
                 continue
-            pair = {"prompt": record["prompt"], "chosen": texts[winner], "rejected": texts[loser]}
-            true = [float(score_BK[i, winner]), float(score_BK[i, loser])]
-            rows.append(pair | {"true_rewards": true, "p": float(p)})
+            scores = {name: score_BK[i, kept].tolist() for name, score_BK in drawn.rewards.items()}
+            row = {"prompt": record["prompt"], **_form(label, [texts[k] for k in kept])}
+            rows.append(row | {"scores": scores} | _said(label, len(kept)))
     return rows
+
+
+def _form(label: Label, responses: list[str]) -> dict[str, Any]:
+    """Responses best to worst under the fields of a judgement, a pair or a ranking."""
+    names = {1: ("completion",), 2: ("chosen", "rejected")}.get(len(label.order))
+    return dict(zip(names, responses, strict=True)) if names else {"responses": responses}
+
+
+def _said(label: Label, kept: int) -> dict[str, Any]:
+    """The other fields of a label; of what is left of a ranking the probability is not known."""
+    said = {"p": float(label.p), "soft_label": label.soft_label, "label": label.label}
+    if kept < len(label.order):
+        del said["p"]
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -18,9 +18,14 @@ from dpo_jax.structs import BadInput
 COMMANDS = {
     "train": "train an experiment, and the parents and data that it lacks; resumes what was broken",
     "frontier": "train the members of FRONTIER, or one run for every value of a list, and compare",
+    "sweep": "train the members of SWEEP, or a run for every combination of lists of values, and "
+    "compare their last evaluations, seeds averaged",
     "eval": "print the last evaluation of a finished run",
     "sample": "print responses of a finished run to `evaluation.prompts`, a JSON line each",
 }
+LOSSES = (
+    "list every loss: name, formula, paper, needs; `losses kl` for what the KL estimators estimate"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,14 +63,19 @@ def command(argv: list[str]) -> int:
         inner.add_argument(
             "-h", "--help", action="store_true", help="list the options, those of an experiment too"
         )
-    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
-        raise BadInput(f"no command {argv[0]!r}{_nearest(argv[0], COMMANDS)}")
+    about_losses = commands.add_parser("losses", help=LOSSES, description=LOSSES)
+    about_losses.add_argument("what", nargs="?", choices=("table", "kl"), default="table")
+    names = (*COMMANDS, "losses")
+    if argv and argv[0] not in (*names, "-h", "--help"):
+        raise BadInput(f"no command {argv[0]!r}{_nearest(argv[0], names)}")
     arguments, rest = parser.parse_known_args(argv)
     flags = [word for word in rest if word.startswith("-")]
     if flags:
         path = flags[0].lstrip("-")
         wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], ["--help"])
         raise BadInput(f"no argument {flags[0]!r}{wanted}")
+    if arguments.command == "losses":
+        return _losses(arguments.what)
     if arguments.experiment is None:
         if not arguments.help:
             raise BadInput(f"{arguments.command}: name an experiment, a file path or a module name")
@@ -117,6 +127,8 @@ def _run(name: str, where: str, overrides: dict[str, str], wants_help: bool) -> 
         print(listing(name, where, experiment.override(module.EXPERIMENT, overrides)))
     elif name == "frontier":
         _frontier(module, overrides)
+    elif name == "sweep":
+        _sweep(module, overrides)
     elif name == "sample":
         _sample(module, overrides)
     else:
@@ -152,6 +164,44 @@ def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
     name = module.EXPERIMENT.name
     members = frontier_members(module, overrides)
     frontier.frontier(members, directory=directory or f"runs/{name}", name=name)
+
+
+def _losses(what: str) -> int:
+    from dpo_jax import losses
+    from dpo_jax.worlds import kl_table
+
+    print(losses.table() if what == "table" else kl_table.text())
+    return 0
+
+
+def _sweep(module: ModuleType, overrides: dict[str, str]) -> None:
+    from dpo_jax import sweep
+
+    directory = overrides.pop("run.dir", None)
+    chosen = sweep_of(module, overrides)
+    sweep.sweep(chosen, directory=directory or f"runs/{chosen.name}")
+
+
+def sweep_of(module: ModuleType, overrides: dict[str, str]) -> Any:
+    """The Sweep of a module with overrides: EXPERIMENT for every combination of lists of values,
+    else SWEEP's members. Raises BadInput where there are not two different runs."""
+    from dpo_jax.experiment import Sweep, override, variations
+
+    own, chosen = getattr(module, "SWEEP", None), variations(overrides)
+    base = own.members if own is not None and len(chosen) == 1 else (module.EXPERIMENT,)
+    members = tuple(override(each, {**new, "run.dir": None}) for new in chosen for each in base)
+    if len(set(members)) < len(members) or len(members) < 2:
+        raise BadInput(
+            f"a sweep compares several runs, these are {len(set(members))}: give options several "
+            "values, as algorithm.loss.beta=.03,.1,.3 run.seed=0,1,2, or the module a SWEEP"
+        )
+    if own is not None and len(chosen) == 1:
+        return Sweep(own.name, members, own.x, own.y)
+    rewards = module.EXPERIMENT.evaluation.rewards
+    sampled = bool(rewards and module.EXPERIMENT.evaluation.prompts)
+    y = f"eval_samples/{rewards[0].__name__}" if sampled else "eval_rewards/accuracies"
+    x = "eval_samples/kl" if sampled else "eval_loss"
+    return Sweep(f"{module.EXPERIMENT.name}_sweep", members, x, y)
 
 
 def frontier_members(module: ModuleType, overrides: dict[str, str]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """What a policy is worth: held-out loss and accuracy, sampled reward and exact-per-token KL."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -59,7 +59,8 @@ def mean_and_error(x_BK: np.ndarray) -> tuple[float, float]:
 
 
 def held_out(
-    algorithm: Algorithm,
+    bind: Callable[[dict[str, Any]], Algorithm],
+    numbers: dict[str, Any],
     state: TrainState,
     frozen: Params,
     batches: Sequence[Batch],
@@ -67,38 +68,60 @@ def held_out(
 ) -> dict[str, float]:
     """The objective and its metrics on held-out batches, every group counted once.
 
-    The batches (of one shape) are completed one by one and weighed as one step, so the result is
-    the exact mean whatever the batch size.
+    bind(numbers) is the algorithm; what `numbers` holds is an argument of the compiled programs,
+    which members of a sweep share. The batches (of one shape) are completed one by one and weighed
+    as one step, so the result is the exact mean whatever the batch size.
     """
-    complete, value = _compiled(algorithm)
+    algorithm = bind(numbers)
+    complete, value = _compiled(bind, algorithm.fused)
     key = jax.random.key(0)  # offline algorithms draw nothing
-    done = [complete(state, frozen, shard_batch(mesh, batch), key) for batch in batches]
-    whole = algorithm.measure(
-        jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts)), *done)
-    )
+    done, memory = [], state.memory
+    for batch in batches:
+        complete_batch, memory = complete(numbers, state, frozen, shard_batch(mesh, batch), key)
+        done.append(jax.device_get(complete_batch))
+    state = replace(state, memory=memory)  # a moving reference moves before it is compared with
+    whole = algorithm.measure(_joined(done))
     total: dict[str, float] = {}
     for part in _parts(whole, len(batches)):
-        metrics = jax.device_get(value(state, frozen, shard_batch(mesh, part), key))
+        metrics = jax.device_get(value(numbers, state, frozen, shard_batch(mesh, part), key))
         total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
     return total
 
 
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all batches; scalars of a batch are averaged by the weight of its groups."""
+    rows = jax.tree.map(
+        lambda *parts: np.concatenate(parts), *(replace(batch, shared={}) for batch in batches)
+    )
+    weights = [float(np.sum(batch.weight_RG)) for batch in batches]
+    shared = {
+        name: np.average([batch.shared[name] for batch in batches], weights=weights)
+        for name in batches[0].shared
+    }
+    return replace(rows, shared=jax.tree.map(np.float32, shared))
+
+
 def _parts(batch: Batch, parts: int) -> Iterator[Batch]:
+    rows = replace(batch, shared={})
     for part in range(parts):
-        yield jax.tree.map(
-            lambda x, i=part: np.asarray(x).reshape(parts, -1, *x.shape[1:])[i], batch
+        cut = jax.tree.map(
+            lambda x, i=part: np.asarray(x).reshape(parts, -1, *x.shape[1:])[i], rows
         )
+        yield replace(cut, shared=batch.shared)
 
 
 @lru_cache(maxsize=8)
-def _compiled(algorithm: Algorithm) -> tuple[Callable, Callable]:
-    def complete(state, frozen, batch, key):
-        return algorithm.collect(state, frozen, batch, key)[0]
+def _compiled(
+    bind: Callable[[dict[str, Any]], Algorithm], fused: bool
+) -> tuple[Callable, Callable]:
+    def complete(numbers, state, frozen, batch, key):
+        return bind(numbers).collect(state, frozen, batch, key)
 
-    def value(state, frozen, batch, key):
-        return algorithm.objective(state.params, frozen, state.memory, batch, key)[1]
+    def value(numbers, state, frozen, batch, key):
+        objective = bind(numbers).objective
+        return objective(state.params, frozen, state.memory, batch, key)[1]
 
-    return jax.jit(complete) if algorithm.fused else complete, jax.jit(value)
+    return jax.jit(complete) if fused else complete, jax.jit(value)
 
 
 def completions(

@@ -6,15 +6,24 @@ the hyperparameters of a function, has no equality of its own.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from dpo_jax import functions, optim
 from dpo_jax.description import canonical, code_digest, describe, sha8
-from dpo_jax.override import Spot, check_field, options, override, spots, variations
+from dpo_jax.override import (
+    Spot,
+    check_field,
+    options,
+    override,
+    spots,
+    variations,
+    with_numbers,
+)
 from dpo_jax.structs import BadInput
+from dpo_jax.values import show
 
 __all__ = [
     "COSMETIC",
@@ -25,15 +34,18 @@ __all__ = [
     "Optim",
     "Run",
     "Sampled",
+    "Sweep",
     "canonical",
     "code_digest",
     "describe",
     "digest",
+    "each",
     "load",
     "options",
     "override",
     "sha8",
     "variations",
+    "with_numbers",
 ]
 
 # What changes no parameter of a finished run, and so no digest.
@@ -77,20 +89,30 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Sampled(Value):
-    """Data made when missing: n responses of the parent to every prompt, labelled in pairs.
+    """Data made when missing: n responses of the parent to every prompt, labelled.
 
     parent: the run that is sampled. prompts: a source of records with a prompt.
-    reward: (records, responses) -> score_B. annotator: (score_B of one prompt, rng) -> pairs.
+    rewards: functions (records, responses) -> score_B, whose names are the criteria; the true one
+    first. annotator: (score_KC of one prompt, rng) -> labels, as in worlds.annotators.
     """
 
     parent: Annotated["Experiment | str", {"parent": True}]
     prompts: Annotated[str | Records, INPUTS_0]
-    reward: Annotated[Reward, INPUTS_2]
+    rewards: tuple[Reward, ...]
     annotator: Annotated[Callable[..., Any], INPUTS_2]
-    n: Annotated[int, {"least": 2}] = 4
+    n: Count = 4
     max_tokens: Count = 64
     temperature: Amount = 1.0
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [getattr(reward, "__name__", None) for reward in self.rewards]
+        if not names or None in names or len(set(names)) < len(names):
+            raise BadInput(
+                f"Sampled.rewards={show(self.rewards)}: give one or more functions, each with a "
+                "name of its own (def, not partial)"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +123,7 @@ class Data(Value):
     tokenizer: a folder or name for transformers, or a function () -> tokenizer.
     truncation: what is done to a group longer than a row: dropped, or its prompt or responses cut.
     on_bad: what a record without the fields it needs does: stop the run, or be skipped and counted.
+    arrange: groups -> groups on the host: the views and criterion weightings of data/.
     """
 
     source: Annotated[str | Records | Sampled, INPUTS_0]
@@ -109,6 +132,7 @@ class Data(Value):
     row_tokens: Annotated[int, {"least": 2}] = 512
     truncation: Literal["drop", "prompt", "response"] = "drop"
     on_bad: Literal["stop", "skip"] = "stop"
+    arrange: Annotated[Callable[..., Any] | None, INPUTS_1] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +166,8 @@ class Mesh(Value):
 class Run(Value):
     """How long, where and how often; `every` counts steps, 0 = only at the end.
 
-    dir: None = runs/<name>-<digest>. dtype: of the computation, parameters are float32.
+    dir: None = runs/<name>-<digest>. dtype: of the computation; parameters are
+    float32, or float64 as it (which wants JAX_ENABLE_X64=1).
     remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
     keep: checkpoints kept. profile: `100:105` traces the steps from 100 up to 105.
     """
@@ -151,7 +176,7 @@ class Run(Value):
     seed: Seed = 0
     dir: str | None = None
     mesh: Mesh = Mesh()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     microbatches: Count = 1
     save_every: Every = 0
@@ -216,11 +241,40 @@ class Experiment(Value):
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Sweep(Value):
+    """Runs to be compared in one figure and one table, seeds averaged; those that differ only in
+    numbers train together.
+
+    x, y: metrics of the last evaluation (`eval_samples/kl`), or the path of an option that the
+    members differ in (`data.source.annotator.rate`). Members of one name make a line.
+    """
+
+    name: str
+    members: tuple[Experiment, ...]
+    x: str = "eval_samples/kl"
+    y: str = "eval_samples/reward"
+
+
+def each(
+    base: Experiment, path: str, named: Mapping[str, Any], seeds: int = 3
+) -> tuple[Experiment, ...]:
+    """`base` with every value as the option `path`, under its name, for run.seed below `seeds`.
+
+    The members of a sweep: each(base, "algorithm.loss", {"dpo": ..., "ipo": ...}).
+    """
+    return tuple(
+        override(base, {"name": name, path: value, "run.seed": seed})
+        for name, value in named.items()
+        for seed in range(seeds)
+    )
+
+
 def load(name: str) -> ModuleType:
     """The experiment module at a path (experiments/x.py) or of a name (experiments.x).
 
-    It holds EXPERIMENT, an `Experiment`, and may hold FRONTIER, a tuple of them. BadInput where it
-    is missing, fails to import or holds neither.
+    It holds EXPERIMENT, an `Experiment`, and may hold FRONTIER, a tuple of them, and SWEEP, a
+    `Sweep`. BadInput where it is missing, fails to import or holds something else.
     """
     by_path = name.endswith(".py") or os.sep in name
     module = functions.import_file(name) if by_path else functions.import_named(name)
@@ -231,6 +285,8 @@ def load(name: str) -> ModuleType:
     members = getattr(module, "FRONTIER", ())
     if not isinstance(members, tuple) or not all(isinstance(each, Experiment) for each in members):
         raise BadInput(f"{name}: FRONTIER must be a tuple of Experiments")
+    if not isinstance(getattr(module, "SWEEP", None), Sweep | None):
+        raise BadInput(f"{name}: SWEEP must be a Sweep")
     return module
 
 

@@ -19,6 +19,7 @@ from dpo_jax.evaluate import completions, mean_and_error
 from dpo_jax.experiment import Experiment, code_digest, options
 from dpo_jax.metrics import progress
 from dpo_jax.structs import BadInput
+from dpo_jax.together import run_all
 from dpo_jax.train import Result, run
 from dpo_jax.values import show as show_value
 
@@ -57,10 +58,8 @@ def frontier(members: Sequence[Experiment], *, directory: str, name: str) -> epa
     """
     home, labels = epath.Path(directory), member_labels(members)
     reward = _common_reward(members)
-    results = []
-    for label, member in zip(labels, members, strict=True):
-        with_points = replace(member, run=_with_points(member))
-        results.append(run(with_points, directory=str(home / label)))
+    with_points = [replace(member, run=_with_points(member)) for member in members]
+    results = run_all(with_points, [str(home / label) for label in labels])
     curves = [run_curve(x, label, reward) for x, label in zip(results, labels, strict=True)]
     start = Curve("reference (SFT)", (curves[0].points[0],))
     best, optimum = reference_curves(members[0])
@@ -115,8 +114,8 @@ def _common_reward(members: Sequence[Experiment]) -> str:
         )
     if any(m.evaluation != first or m.parent != members[0].parent for m in members):
         raise BadInput("the members of a frontier want one parent and one evaluation")
-    if any("reference" not in m.algorithm(build.model(m)).frozen for m in members):
-        raise BadInput("a frontier wants losses with a reference: its axis is the KL to it")
+    if members[0].parent is None:
+        raise BadInput("a frontier wants runs with a parent: its axis is the KL to it")
     return first.rewards[0].__name__
 
 
@@ -221,9 +220,10 @@ def compared(curves: Sequence[Curve], best: Curve) -> str:
 
 def annotator_accuracy(member: Experiment) -> float | None:
     """E[max(p, 1 - p)] over the held-out pairs, the best accuracy their labels allow; None where
-    the records do not say with which probability p they were labelled."""
+    the records do not say with which probability p one was preferred to the other."""
     found = build.read_records("evaluation.source", member.evaluation.source, run)
-    likely = [max(record["p"], 1 - record["p"]) for record in found if "p" in record]
+    pairs = [row for row in found if len(row["responses"]) == 2 and "soft_label" not in row]
+    likely = [max(row["p"], 1 - row["p"]) for row in pairs if "p" in row]
     return float(np.mean(likely)) if likely else None
 
 

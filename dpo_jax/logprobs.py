@@ -4,14 +4,24 @@
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.structs import Array, Batch, Model, Params
+from dpo_jax.structs import Array, Batch, Model, Params, precise
 
 LOGITS_AT_ONCE = 2**24  # elements of the largest logits array that a chunk may hold
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass of the head says of every scored token, float32, 0 where unused."""
+
+    logp_RN: jax.Array  # log p(target)
+    ref_logp_RN: jax.Array | None = None  # the reference's
+    kl_RN: jax.Array | None = None  # KL(reference, policy) over the vocabulary, in nats
+    aligned_RN: jax.Array | None = None  # log p(target) - log sum_v p(v)^2, without gradient
 
 
 def token_logps(
@@ -22,15 +32,48 @@ def token_logps(
     No rows x tokens x vocabulary array exists: logits are made and dropped chunk by chunk, and
     made again in the backward pass. temperature divides the logits.
     """
-    hidden_RND = scored_hidden(model, params, batch)
+    return token_statistics(model, params, batch, temperature=temperature).logp_RN
 
-    def logps(hidden_RCD: jax.Array, target_RC: jax.Array) -> jax.Array:
-        logits_RCV = model.unembed(params, hidden_RCD).astype(jnp.float32) / temperature
-        return _picked(logits_RCV, target_RC) - jax.nn.logsumexp(logits_RCV, axis=-1)
 
-    vocabulary = _vocabulary(model, params, hidden_RND)
-    logp_RN = _chunked(logps, vocabulary, hidden_RND, jnp.asarray(batch.target_RN))
-    return jnp.where(batch.slot_RN >= 0, logp_RN, 0.0)
+def token_statistics(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    reference: Params | None = None,
+    aligned: bool = False,
+    temperature: float | jax.Array = 1.0,
+) -> TokenStatistics:
+    """`token_logps` with what else the same logits say.
+
+    reference: weights whose log-probs and exact KL are wanted too; gradients stay with `params`.
+    aligned: WPO's log-weight of every token (2406.11827 eq. 6).
+    """
+    parts = [scored_hidden(model, params, batch)]
+    if reference is not None:
+        reference = jax.lax.stop_gradient(reference)
+        parts.append(scored_hidden(model, reference, batch))
+
+    def head(target_RC: jax.Array, hidden_RCD: jax.Array, *ref_RCD: jax.Array) -> TokenStatistics:
+        logits_RCV = precise(model.unembed(params, hidden_RCD)) / temperature
+        total_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+        found = TokenStatistics(_picked(logits_RCV, target_RC) - total_RC)
+        if aligned:
+            square_RC = jax.nn.logsumexp(2 * logits_RCV, axis=-1) - 2 * total_RC
+            found = found._replace(aligned_RN=jax.lax.stop_gradient(found.logp_RN - square_RC))
+        for ref_hidden_RCD in ref_RCD:
+            ref_RCV = precise(model.unembed(reference, ref_hidden_RCD)) / temperature
+            ref_RCV = jax.nn.log_softmax(ref_RCV)
+            gap_RCV = ref_RCV - (logits_RCV - total_RC[..., None])
+            found = found._replace(
+                ref_logp_RN=_picked(ref_RCV, target_RC),
+                kl_RN=jnp.sum(jnp.exp(ref_RCV) * gap_RCV, axis=-1),
+            )
+        return found
+
+    vocabulary = len(parts) * _vocabulary(model, params, parts[0])
+    found = _chunked(head, vocabulary, jnp.asarray(batch.target_RN), *parts)
+    return jax.tree.map(lambda x_RN: jnp.where(batch.slot_RN >= 0, x_RN, 0.0), found)
 
 
 def token_kls(model: Model, params: Params, reference: Params, batch: Batch) -> jax.Array:
@@ -43,8 +86,8 @@ def token_kls(model: Model, params: Params, reference: Params, batch: Batch) -> 
     anchor_RND = scored_hidden(model, reference, batch)
 
     def kls(hidden_RCD: jax.Array, anchor_RCD: jax.Array) -> jax.Array:
-        logp_RCV = jax.nn.log_softmax(model.unembed(params, hidden_RCD).astype(jnp.float32))
-        ref_RCV = jax.nn.log_softmax(model.unembed(reference, anchor_RCD).astype(jnp.float32))
+        logp_RCV = jax.nn.log_softmax(precise(model.unembed(params, hidden_RCD)))
+        ref_RCV = jax.nn.log_softmax(precise(model.unembed(reference, anchor_RCD)))
         return jnp.sum(jnp.exp(logp_RCV) * (logp_RCV - ref_RCV), axis=-1)
 
     vocabulary = 2 * _vocabulary(model, params, hidden_RND)
@@ -76,7 +119,7 @@ def response_lengths(batch: Batch) -> jax.Array:
 def naive_token_logps(model: Model, params: Params, batch: Batch) -> jax.Array:
     """token_logps through the full logits of every place of every row."""
     hidden_RTD, _ = model.hidden(params, batch.tokens_RT, batch.positions_RT, batch.until_RT)
-    logp_RTV = jax.nn.log_softmax(model.unembed(params, hidden_RTD).astype(jnp.float32))
+    logp_RTV = jax.nn.log_softmax(precise(model.unembed(params, hidden_RTD)))
     rows = jnp.arange(batch.target_RN.shape[0])[:, None]
     logp_RN = logp_RTV[rows, batch.source_RN, batch.target_RN]
     return jnp.where(batch.slot_RN >= 0, logp_RN, 0.0)
@@ -99,7 +142,7 @@ def _vocabulary(model: Model, params: Params, hidden_RND: jax.Array) -> int:
     return jax.eval_shape(model.unembed, params, hidden_RND[:, :1]).shape[-1]
 
 
-def _chunked(head: Callable, vocabulary: int, *inputs: jax.Array) -> jax.Array:
+def _chunked(head: Callable, vocabulary: int, *inputs: jax.Array) -> Any:
     """head over chunks of N, recomputed in the backward pass; rows stay where they are sharded."""
     R, N = inputs[0].shape[:2]
     size = max(1, min(N, LOGITS_AT_ONCE // (R * vocabulary)))
@@ -113,4 +156,4 @@ def _chunked(head: Callable, vocabulary: int, *inputs: jax.Array) -> jax.Array:
 
     step = jax.checkpoint(lambda _, parts: (None, head(*parts)))
     _, out = jax.lax.scan(step, None, tuple(cut(x) for x in inputs))
-    return jnp.moveaxis(out, 0, 1).reshape(R, chunks * size)[:, :N]
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(R, chunks * size)[:, :N], out)

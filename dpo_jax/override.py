@@ -1,7 +1,8 @@
 """Options: the values inside a value, addressed by dotted path, listed, and replaced.
 
 An option is a field of a frozen dataclass or a keyword of a function (`functools.partial` or its
-own default), at any depth: `algorithm.loss.beta`. A declaration may add to its type, as in
+own default), at any depth: `algorithm.loss.beta`; or an item of a tuple, by its place, where one
+of its items has options: `algorithm.loss.terms.0.1.beta`. A declaration may add to its type, as in
 `Annotated[int, {"least": 1}]`:
     least      the smallest number it takes
     inputs     a function: how many arguments its caller passes by position
@@ -12,6 +13,7 @@ own default), at any depth: `algorithm.loss.beta`. A declaration may add to its 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import product
@@ -62,6 +64,26 @@ def override(value: Any, overrides: Mapping[str, Any]) -> Any:
         values = " ".join(f"{path}=VALUE" for path in missing)
         raise BadInput(f"{holder} requires {', '.join(missing)}: add {values}")
     return changed
+
+
+def with_numbers(value: Any, numbers: Mapping[str, Any]) -> Any:
+    """`value` with options that hold numbers replaced, {dotted path: number}, unchecked.
+
+    The new ones may be traced arrays, which no declared type describes: for use inside a compiled
+    function, on a value and on paths that `options` lists.
+    """
+    for path, number in numbers.items():
+        name, _, rest = path.partition(".")
+        old = _now(value, Spot("")).get(name)
+        new = with_numbers(old, {rest: number}) if rest else number
+        if isinstance(value, tuple):
+            value = (*value[: int(name)], new, *value[int(name) + 1 :])
+        elif is_record(value):
+            value = copy(value)
+            object.__setattr__(value, name, new)
+        else:
+            value = partial(value, **{name: new})
+    return value
 
 
 def options(value: Any) -> list[tuple[str, Any]]:
@@ -140,6 +162,9 @@ def _now(value: Any, spot: Spot) -> dict[str, Any]:
     """The present values of a value's options."""
     if is_record(value):
         return {each.name: getattr(value, each.name) for each in fields(value)}
+    if isinstance(value, tuple):
+        opens = any(_now(item, Spot("")) for item in value)
+        return {str(place): item for place, item in enumerate(value)} if opens else {}
     return _keywords(value, spot) if callable(value) and value is not UNSET else {}
 
 
@@ -172,6 +197,8 @@ def _applied(value: Any, tree: Tree, spot: Spot) -> Any:
         return _with_fields(value, inner, spot)
     if callable(value) and value is not UNSET:
         return _with_keywords(value, inner, spot)
+    if isinstance(value, tuple) and _now(value, spot):
+        return _with_items(value, inner, spot)
     path = spot.inside(next(iter(inner)))
     raise BadInput(f"{path} has no effect: {spot.path} is {_described(value)}, without options")
 
@@ -212,6 +239,15 @@ def _with_keywords(value: Any, tree: Tree, spot: Spot) -> Any:
         place = places.get(name, Spot(spot.inside(name)))
         changes[name] = _applied(now.get(name, UNSET), node, place)
     return partial(value, **changes)
+
+
+def _with_items(value: tuple[Any, ...], tree: Tree, spot: Spot) -> tuple[Any, ...]:
+    places, now = spots(value, spot), _now(value, spot)
+    for name, node in tree.items():
+        if name not in places:
+            raise _unknown(name, value, spot)
+        now[name] = _applied(now[name], node, places[name])
+    return tuple(now.values())
 
 
 def _assigned(old: Any, new: Any, spot: Spot) -> Any:

@@ -5,6 +5,7 @@ array leads with R, so its rows go to `data` and `fsdp`. Optimizer moments carry
 parameters and follow them. A dimension that its mesh axes do not divide is replicated.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,21 +26,27 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices; -1 takes what the other axes leave.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
+    """A mesh over all devices (or those given); -1 takes what the other axes leave.
 
     Raises: BadInput when the axes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, count = [data, fsdp, tensor], len(devices or jax.devices())
     named = ", ".join(f"run.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise BadInput(f"{named}: sizes are 1 or more, and one of them at most may be -1")
     known = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if int(np.prod(sizes)) != devices:
-        raise BadInput(f"{named}: the product must be the number of devices, {devices}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if int(np.prod(sizes)) != count:
+        raise BadInput(f"{named}: the product must be the number of devices, {count}")
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
 def letters(path: tuple[Any, ...]) -> str:

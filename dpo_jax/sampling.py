@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.parallel import letters
-from dpo_jax.structs import BadInput, Model, Params
+from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
 
@@ -96,7 +96,7 @@ def _compiled(
     def run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p):
         B, P = tokens_BP.shape
         S = P + max_tokens
-        place_P = jnp.arange(P)
+        place_P = jnp.arange(P, dtype=jnp.int32)
         real_BP = place_P[None, :] < length_B[:, None]
         until_BP = jnp.where(real_BP, S, place_P[None, :] + 1)
         positions_BP = jnp.where(real_BP, place_P[None, :], 0)
@@ -113,7 +113,7 @@ def _compiled(
 
         def step(carry, t):
             hidden_RD, cache, ended_R = carry
-            logits_RV = model.unembed(params, hidden_RD).astype(jnp.float32)
+            logits_RV = precise(model.unembed(params, hidden_RD))
             logits_RV = logits_RV if greedy else logits_RV / temperature
             kept_RV = keep_top_k(logits_RV, top_k) if by_k else logits_RV
             kept_RV = keep_top_p(kept_RV, top_p) if by_p else kept_RV
@@ -133,7 +133,7 @@ def _compiled(
             return (hidden_RTD[:, 0], cache, ended_R), (token_R, logp_R)
 
         start = (hidden_RD, cache, jnp.zeros(B * n, bool))
-        _, (token_MR, logp_MR) = jax.lax.scan(step, start, jnp.arange(max_tokens))
+        _, (token_MR, logp_MR) = jax.lax.scan(step, start, jnp.arange(max_tokens, dtype=jnp.int32))
         return token_MR.T.reshape(B, n, max_tokens), logp_MR.T.reshape(B, n, max_tokens)
 
     return jax.jit(run)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -37,7 +38,7 @@ class Group:
 
     prompt: int32 ids, never empty. responses: K arrays of int32 ids, best to worst.
     scored: K boolean arrays, the tokens that count inside a response (all where None).
-    scores: (K, C) float. record: index of the group in its source.
+    scores: (K, C) float, named by criteria. record: index of the group in its source.
     """
 
     prompt: np.ndarray
@@ -49,6 +50,7 @@ class Group:
     margin: float | None = None
     weight: float = 1.0
     record: int | None = None
+    criteria: tuple[str, ...] = ()  # names of C
 
     @property
     def tokens(self) -> int:
@@ -80,6 +82,7 @@ class Batch:
     return_RN: Array | None = None
     value_RN: Array | None = None
     shared: Mapping[str, Array] = field(default_factory=dict)  # scalars, never split
+    criteria: tuple[str, ...] = struct.field(pytree_node=False, default=())  # names of C
 
 
 @struct.dataclass
@@ -98,7 +101,7 @@ class Scored:
     kl_BK: Array | None = None  # KL(reference, policy) summed over the response
     aligned_BK: Array | None = None  # WPO's log-weight of the response
     kl: Array | None = None  # scalar of the batch (KTO)
-    delta: Array | None = None  # scalar of the batch (BCO)
+    delta: Array | None = None  # scalar of the batch (BCO, beta-DPO)
 
 
 @struct.dataclass
@@ -119,6 +122,11 @@ class Model(NamedTuple):
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, hidden_...D) -> logits_...V
 
 
+def unchanged(groups: list[Group], row_tokens: int | None = None) -> list[Group]:
+    """The `prepare` of an algorithm that takes any groups."""
+    return groups
+
+
 class Algorithm(NamedTuple):
     """A way to train, as pure functions.
 
@@ -128,6 +136,9 @@ class Algorithm(NamedTuple):
     objective(params, frozen, memory, batch, key) -> (scalar, metrics): always traced; every
         value is a sum under the measures, so the parts of a split batch add up.
     frozen: names of the frozen weights it reads; `reference` is the policy at step 0.
+    prepare(groups, row_tokens=None) -> groups: on the host, before they are packed in rows of so
+        many tokens; BadInput for data it cannot use.
+    coupled: a loss compares groups of a whole step, which microbatches would part.
     fused: collect is traceable too, the loop compiles both as one step.
     passes, minibatches: optimizer passes over a collected batch, and the parts of a pass.
     """
@@ -140,6 +151,14 @@ class Algorithm(NamedTuple):
     minibatches: int = 1
     fused: bool = False
     frozen: tuple[str, ...] = ()
+    prepare: Callable[..., list[Group]] = unchanged
+    coupled: bool = False
+
+
+def precise(x: Array) -> jax.Array:
+    """`x` in float32 or better: half precision is widened, float64 stays."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def join(trained: Params, frozen: Mapping[str, Params]) -> Params:

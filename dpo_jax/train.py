@@ -5,37 +5,26 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 
-from dpo_jax import build, evaluate, metrics, optim, rundir
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax import build, metrics, optim, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
+from dpo_jax.member import Member, Result, finished
 from dpo_jax.models.attention import attention
 from dpo_jax.parallel import abstract, shard_batch, shardings
-from dpo_jax.structs import Algorithm, Batch, Metrics, Model, Params, TrainState
+from dpo_jax.structs import Algorithm, Batch, Group, Metrics, Params, TrainState
 
 SKIPS = 10  # consecutive updates without a finite gradient after which a run stops
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A finished run: where it lies, its policy, and its last evaluation."""
-
-    directory: epath.Path
-    experiment: Experiment
-    model: Model
-    params: Params
-    tokenizer: Any
-    metrics: dict[str, float]
 
 
 def make_update(
@@ -100,148 +89,129 @@ def run(experiment: Experiment, *, directory: str | None = None) -> Result:
     Raises: BadInput for input that cannot be used; SystemExit 143 or 130 after SIGTERM or SIGINT,
     with a checkpoint saved.
     """
-    mesh, model = build.mesh(experiment), build.model(experiment)
-    home = rundir.place(experiment, directory)
-    rundir.check(experiment, home)
-    last = rundir.result(experiment, home)
-    if last is not None:
-        rundir.say(f"{home}: finished before, reused")
-        params = rundir.load_weights(home, model, mesh)
-        return Result(home, experiment, model, params, build.tokenizer(experiment), last)
+    mesh = build.mesh(experiment)
+    done = finished(experiment, mesh, directory)
+    if done is not None:
+        return done
     materials = build.materials(experiment, run)
     with jax.set_mesh(mesh):
-        setup = build.setup(experiment, mesh, materials)
-        loop = _Loop(experiment, setup, home)
-        digest = build.data_digest(setup.loader.groups)
-        rundir.claim(experiment, home, build.config(experiment), digest)
-        params, last = loop.run()
-    return Result(home, experiment, model, params, setup.tokenizer, last)
+        member = Member(experiment, build.setup(experiment, mesh, materials), directory)
+        loop([member], Stepper)
+    return member.result()
 
 
-class _Loop:
-    """One run: the state and everything that a step touches."""
+def loop(members: Sequence[Member], stepper: Callable[..., Any]) -> None:
+    """Train the members to their end, all in the same steps; each writes as if it were alone.
 
-    def __init__(self, experiment: Experiment, setup: build.Setup, home: epath.Path):
-        options, algorithm = experiment.run, setup.algorithm
-        self.experiment, self.setup, self.home = experiment, setup, home
-        self.updates = algorithm.passes * algorithm.minibatches  # optimizer updates a step
-        tx = optim.transformation(experiment.optim, options.steps * self.updates)
-        self.rate = jax.jit(optim.rate(experiment.optim, options.steps * self.updates))
-        self.checkpoints = Checkpoints(home / "checkpoints", keep=options.keep)
-        self.state, self.start = start_state(algorithm, tx, setup, options.seed), 0
-        if self.checkpoints.steps():
-            self.state, self.start = self.checkpoints.restore(abstract(setup.mesh, self.state))
-        self.last: dict[str, float] = {}
-        rehearse(setup, self.state)
-        self.advance = Stepper(algorithm, tx, options.microbatches, setup, self.state)
-
-    def run(self) -> tuple[Params, dict[str, float]]:
-        """Steps to the end; returns the final weights and the last evaluation."""
-        options, start = self.experiment.run, self.start
-        peak, source = metrics.peak_flops()
-        backend = jax.default_backend()
-        if start:
-            rundir.say(f"{self.home}: resumed at step {start}")
-        rundir.say(f"{self.home}: {self.setup.loader.describe()}")
-        rundir.say(f"{self.home}: attention {attention.__name__} on {backend}; peak {source}")
-        writer = metrics.Writer(
-            self.home,
-            total=options.steps,
-            every=options.log_every,
-            start=start,
-            peak=peak,
-            title=self.experiment.name,
-        )
-        with writer, interruptible() as signalled:
-            if start == options.steps:  # it was broken between its last checkpoint and the seal
-                self.last = self.measured(start)
-            if start == 0 and options.eval_every:
-                self.evaluate(writer, 0)
-            for step in range(start, options.steps):
-                self.step(writer, step)
-                done = step + 1 == options.steps
-                if done or _due(options.eval_every, step + 1):
-                    self.evaluate(writer, step + 1)
-                if signalled or done or _due(options.save_every, step + 1):
+    stepper: (members, states, step reached) -> Stepper. Their options of `run` differ in the seed
+    at most. Raises SystemExit after SIGTERM or SIGINT, with checkpoints saved.
+    """
+    first, options = members[0], members[0].experiment.run
+    states, start = _restored(members)
+    rehearse(first.setup, states[0])
+    steps = stepper(members, states)
+    for member in members:
+        member.claim()
+    _announce(members, start)
+    with ExitStack() as open_files, interruptible() as signalled:
+        writers = [open_files.enter_context(_writer(member, members, start)) for member in members]
+        if start == options.steps:  # it was broken between its last checkpoint and the seal
+            for i, member in enumerate(members):
+                member.measure(start, steps.state(i))
+        if start == 0 and options.eval_every:
+            _evaluate(members, writers, steps, 0)
+        for step in range(start, options.steps):
+            _profile(options.profile, start, step, first.home)
+            _push(members, writers, steps.advance(step), step)
+            done = step + 1 == options.steps
+            if done or _due(options.eval_every, step + 1):
+                _evaluate(members, writers, steps, step + 1)
+            if signalled or done or _due(options.save_every, step + 1):
+                for i, (member, writer) in enumerate(zip(members, writers, strict=True)):
                     with writer.paused():
-                        self.checkpoints.save(step + 1, self.state)
-                if signalled:
-                    self.checkpoints.wait()
-                    rundir.say(f"{self.home}: stopped at step {step + 1}; the same command resumes")
-                    raise SystemExit(128 + signalled[0])
-        self.checkpoints.wait()
-        params = self.policy()
-        rundir.seal(self.home, options.steps, params, self.last)
-        return params, self.last
+                        member.checkpoints.save(step + 1, steps.state(i))
+            if signalled:
+                for member in members:
+                    member.checkpoints.wait()
+                homes = ", ".join(str(member.home) for member in members)
+                rundir.say(f"{homes}: stopped at step {step + 1}; the same command resumes")
+                raise SystemExit(128 + signalled[0])
+    for i, member in enumerate(members):
+        member.seal(steps.state(i))
 
-    def step(self, writer: metrics.Writer, step: int) -> None:
-        """Dispatch one step; its metrics are read after the next one is dispatched."""
-        _profile(self.experiment.run.profile, self.start, step, self.home)
-        batch = self.setup.loader.batch(step)
-        key = jax.random.fold_in(jax.random.key(self.experiment.run.seed), step)
-        self.state, values = self.advance(self.state, batch, key)
-        values |= {"learning_rate": self.rate(step * self.updates)}
-        tokens = build.real_tokens(batch)
-        read = writer.push(
-            step + 1, values, tokens=tokens, flops=tokens * self.setup.flops_per_token
-        )
+
+def _restored(members: Sequence[Member]) -> tuple[list[TrainState], int]:
+    """The states at the newest step that all members have, or before the first."""
+    fresh = [member.start() for member in members]
+    if not all(member.checkpoints.steps() for member in members):
+        return fresh, 0
+    wanted = [
+        abstract(member.setup.mesh, state) for member, state in zip(members, fresh, strict=True)
+    ]
+    found = [m.checkpoints.restore(like) for m, like in zip(members, wanted, strict=True)]
+    start = min(step for _, step in found)
+    return [
+        state if step == start else member.checkpoints.restore(like, start)[0]
+        for member, like, (state, step) in zip(members, wanted, found, strict=True)
+    ], start
+
+
+def _announce(members: Sequence[Member], start: int) -> None:
+    home, setup = members[0].home, members[0].setup
+    if len(members) > 1:
+        rundir.say(f"{home} and {len(members) - 1} more train together")
+    if start:
+        rundir.say(f"{home}: resumed at step {start}")
+    _, source = metrics.peak_flops()
+    rundir.say(f"{home}: {setup.loader.describe()}")
+    backend = jax.default_backend()
+    rundir.say(f"{home}: attention {attention.__name__} on {backend}; peak {source}")
+
+
+def _writer(member: Member, members: Sequence[Member], start: int) -> metrics.Writer:
+    """The writer of a member; the first of several shows the progress of all."""
+    others = len(members) - 1
+    options, name = member.experiment.run, member.experiment.name
+    return metrics.Writer(
+        member.home,
+        total=options.steps,
+        every=options.log_every,
+        start=start,
+        peak=metrics.peak_flops()[0],
+        progress=member is members[0],
+        title=f"{name} and {others} more" if others else name,
+    )
+
+
+def _push(
+    members: Sequence[Member],
+    writers: Sequence[metrics.Writer],
+    advanced: Sequence[tuple[Metrics, int]],
+    step: int,
+) -> None:
+    """Hand the metrics of a dispatched step to the writers, which read those of the one before."""
+    for member, writer, (values, tokens) in zip(members, writers, advanced, strict=True):
+        values |= {"learning_rate": member.rate(step * member.updates)}
+        flops = tokens * member.setup.flops_per_token
+        read = writer.push(step + 1, values, tokens=tokens, flops=flops)
         if read.get("skipped", 0) >= SKIPS:
             raise FloatingPointError(
-                f"{self.home}: the gradient was not finite in {SKIPS} steps in a row up to {step}"
+                f"{member.home}: the gradient was not finite in {SKIPS} steps in a row up to {step}"
             )
 
-    def policy(self) -> Params:
-        """The weights that count: their moving average where optim.ema keeps one."""
-        average = optim.averaged(self.state.opt_state)
-        return self.state.params if average is None else average
 
-    def evaluate(self, writer: metrics.Writer, step: int) -> None:
-        """Held-out metrics and samples: one line of metrics, one line a sample."""
+def _evaluate(
+    members: Sequence[Member], writers: Sequence[metrics.Writer], steps: Any, step: int
+) -> None:
+    """One line of metrics and the samples of every member."""
+    for i, (member, writer) in enumerate(zip(members, writers, strict=True)):
         with writer.paused():
-            self.last = self.measured(step)
-        writer.table(step, self.last)
-
-    def measured(self, step: int) -> dict[str, float]:
-        """The metrics of an evaluation; its samples are written."""
-        setup, wanted = self.setup, self.experiment.evaluation
-        state, values = replace(self.state, params=self.policy()), {}
-        if setup.held_out:
-            values |= evaluate.held_out(
-                setup.algorithm, state, setup.frozen, setup.held_out, setup.mesh
-            )
-        if setup.prompts:
-            drawn = evaluate.completions(
-                setup.model,
-                state.params,
-                setup.frozen,
-                setup.prompts,
-                setup.tokenizer,
-                rewards=wanted.rewards,
-                mesh=setup.mesh,
-                key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
-                n=wanted.samples,
-                max_tokens=wanted.max_tokens,
-                temperature=wanted.temperature,
-            )
-            values |= drawn.metrics()
-            metrics.append_rows(self.home / "samples.jsonl", step, drawn.rows(step))
-        return {f"eval_{name}": value for name, value in values.items()}
+            member.measure(step, steps.state(i))
+        writer.table(step, member.last)
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def start_state(
-    algorithm: Algorithm, tx: optax.GradientTransformation, setup: build.Setup, seed: int
-) -> TrainState:
-    """The state before the first step, every leaf on its shards."""
-    key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that drew the weights
-    params, memory = algorithm.init(key, setup.params, setup.frozen)
-    places = shardings(setup.mesh, jax.eval_shape(tx.init, params))
-    opt_state = jax.jit(tx.init, out_shardings=places)(params)
-    state = TrainState(jnp.int32(0), params, opt_state, memory, jnp.int32(0))
-    return jax.device_put(state, shardings(setup.mesh, state))
 
 
 def rehearse(setup: build.Setup, state: TrainState) -> None:
@@ -258,48 +228,54 @@ def rehearse(setup: build.Setup, state: TrainState) -> None:
 
 
 class Stepper:
-    """advance(state, host batch, key) -> (state, metrics), where the state is given away.
+    """The steps of one run; it owns the state, which every update gives away.
 
     Every shape of the ladder is compiled before the first step, another one when it comes.
     """
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        tx: optax.GradientTransformation,
-        microbatches: int,
-        setup: build.Setup,
-        state: TrainState,
-    ):
-        self.algorithm, self.setup = algorithm, setup
-        places = shardings(setup.mesh, state)
-        update = make_update(algorithm, tx, microbatches=microbatches)
+    def __init__(self, members: Sequence[Member], states: Sequence[TrainState]):
+        (self.member,), (self._state,) = members, states
+        experiment, setup = self.member.experiment, self.member.setup
+        self.algorithm, self.setup = setup.algorithm, setup
+        tx = optim.transformation(experiment.optim, self.member.steps)
+        places = shardings(setup.mesh, self._state)
+        update = make_update(self.algorithm, tx, microbatches=experiment.run.microbatches)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-        self.measure = jax.jit(algorithm.measure)
+        self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
-        for shape in setup.loader.ladder if algorithm.fused else ():
+        for shape in setup.loader.ladder if self.algorithm.fused else ():
             example = shard_batch(setup.mesh, setup.loader.example(shape))
-            self.ready(state, example, jax.random.key(0))
+            self.ready(example, jax.random.key(0))
 
-    def ready(self, state: TrainState, batch: Batch, key: jax.Array) -> Callable:
-        """The update compiled for the shapes of a batch."""
-        shape = (*batch.tokens_RT.shape, *batch.target_RN.shape, *batch.end_RGK.shape)
-        if shape not in self.compiled:
-            lowered = self.update.lower(state, self.setup.frozen, batch, key)
-            self.compiled[shape] = lowered.compile()
-        return self.compiled[shape]
+    def state(self, i: int) -> TrainState:
+        """The state of member i, there being one."""
+        return self._state
 
-    def __call__(self, state: TrainState, batch: Batch, key: jax.Array):
-        batch, frozen = shard_batch(self.setup.mesh, batch), self.setup.frozen
+    def advance(self, step: int) -> list[tuple[Metrics, int]]:
+        """Dispatch one step: its metrics, still on the device, and how many tokens it had."""
+        host = self.setup.loader.batch(step)
+        key = jax.random.fold_in(jax.random.key(self.member.experiment.run.seed), step)
+        batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
+        tokens = build.real_tokens(host)
         if self.algorithm.fused:
-            return self.ready(state, batch, key)(state, frozen, batch, key)
-        batch, memory = self.algorithm.collect(state, frozen, batch, key)
-        state, whole, values = replace(state, memory=memory), self.measure(batch), {}
+            self._state, values = self.ready(batch, key)(self._state, frozen, batch, key)
+            return [(values, tokens)]
+        batch, memory = self.algorithm.collect(self._state, frozen, batch, key)
+        state, whole, values = replace(self._state, memory=memory), self.measure(batch), {}
         following = state.step + 1  # a step of the loop, however many updates it makes
         for _ in range(self.algorithm.passes):
             for part in _minibatches(whole, self.algorithm.minibatches):
-                state, values = self.ready(state, part, key)(state, frozen, part, key)
-        return replace(state, step=following), values
+                state, values = self.ready(part, key)(state, frozen, part, key)
+        self._state = replace(state, step=following)
+        return [(values, tokens)]
+
+    def ready(self, batch: Batch, key: jax.Array) -> Callable:
+        """The update compiled for the shapes of a batch."""
+        shape = (*batch.tokens_RT.shape, *batch.target_RN.shape, *batch.end_RGK.shape)
+        if shape not in self.compiled:
+            lowered = self.update.lower(self._state, self.setup.frozen, batch, key)
+            self.compiled[shape] = lowered.compile()
+        return self.compiled[shape]
 
 
 def _minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
@@ -344,11 +320,13 @@ def trace(experiment: Experiment) -> Metrics:
     """The metrics of one step as shapes, found without data, weights or compute.
 
     Traces init, collect, measure and objective of the experiment's algorithm over its model, on
-    one row of one group of as many responses as the loss compares (2 where it does not say).
+    one row of one group of two responses that has every column a loss may read.
     """
     model = build.model(experiment)
     algorithm = experiment.algorithm(model)
-    batch = pack([([1], [[1], [1]])], row_tokens=4)
+    ids, score = np.ones(1, np.int32), {"scores": np.zeros((2, 1)), "criteria": ("score",)}
+    group = Group(ids, [ids, ids], label=1.0, soft_label=1.0, margin=0.0, **score)
+    batch = pack([group], row_tokens=4)
 
     def step(params: Params, key: jax.Array) -> Metrics:
         frozen = {name: params for name in algorithm.frozen}

@@ -15,7 +15,7 @@ from experiments.sentiment_sft import EXPERIMENT as SFT
 PAIRS = Sampled(  # warmer than what is evaluated: broken reviews are among the pairs, and lose
     parent=SFT,
     prompts=partial(sentiment.prompts, n=4000, seed=3),
-    reward=sentiment.reward,
+    rewards=(sentiment.reward,),
     annotator=annotators.bradley_terry,
     temperature=1.4,
     max_tokens=32,

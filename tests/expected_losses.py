@@ -5,95 +5,14 @@ written out from the definition and never from the code under test. `test_losses
 `losses.__all__` and fails for a loss without a row. To add a loss, add a row.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
 
+import expected_lists
+import jax.numpy as jnp
 import numpy as np
+from expected_row import SCORED, Row, cdpo, exp, ls, sigmoid
 
 from dpo_jax import losses
-from dpo_jax.structs import Scored
-
-# Moderate values, no kink of any row within the reach of a central difference.
-ARRAYS = {
-    "logp_BK": np.array([[-24.6, -37.6], [-31.0, -28.4], [-3.25, -4.5], [-43.7, -29.8]]),
-    "ref_logp_BK": np.array([[-26.1, -35.2], [-30.2, -29.9], [-3.0, -4.0], [-38.2, -25.9]]),
-    "length_BK": np.array([[12, 17], [9, 8], [1, 2], [21, 15]], np.int32),
-    "score_BK": np.array([[1.5, -0.25], [-2.0, 1.75], [0.125, 0.0], [3.5, -4.0]]),
-    "margin_B": np.array([0.5, 1.0, 0.0, 2.5]),
-    "rank_BK": np.array([[0.3, -0.2, 1.1, 0.9], [2.0, 1.0, -5.0, 4.0], [0.7, 3.0, -2.0, 9.0]]),
-    "rank_mask_BK": np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]], np.int32),
-    "x": np.array([[-2.5, 0.75], [0.3, 4.0], [-0.1, -1.2]]),
-    "logp": np.array([[-0.5, -2.25, -0.125], [-7.0, -1.0, -3.5]]),
-    "ref_logp": np.array([[-1.25, -0.5, -0.25], [-4.0, -1.5, -3.4]]),
-    "logp_V": np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])),
-    "ref_logp_V": np.log(np.array([[0.4, 0.4, 0.2], [0.6, 0.3, 0.1]])),
-}
-SCORED = ("logp_BK", "ref_logp_BK", "length_BK")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One expectation: `loss(arrays, **numbers, **flags)` is `formula(x, **numbers)`.
-
-    takes: arrays passed by position; SCORED = the fields of one `Scored`. numbers:
-    hyperparameters, which may be traced. flags: functions, words and booleans, which may not.
-    fixed: arrays passed by keyword. formula: its x has every array of ARRAYS as an attribute,
-    and w, l, rw, rl, a, b, len_w, len_l in the notation of the losses.
-    """
-
-    name: str
-    formula: Callable[..., Any]
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    takes: tuple[str, ...] = SCORED
-    fixed: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "-".join([self.name, *self.numbers, *self.flags, *self.fixed])
-
-    @property
-    def differentiable(self) -> tuple[str, ...]:
-        """The arrays that the loss is differentiated by: all that hold real numbers."""
-        return tuple(name for name in self.takes if ARRAYS[name].dtype == np.float64)
-
-    def actual(self, arrays: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> Any:
-        """The loss itself on `arrays`."""
-        numbers = self.numbers if numbers is None else numbers
-        keywords = {**numbers, **self.flags, **{key: arrays[v] for key, v in self.fixed.items()}}
-        given = {name: arrays[name] for name in self.takes}
-        loss = getattr(losses, self.name)
-        if self.takes == SCORED:
-            return loss(Scored(**given), **keywords)
-        return loss(*given.values(), **keywords)
-
-    def expected(
-        self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float] | None = None
-    ) -> np.ndarray:
-        """The formula on `arrays`, which replace those of the same name in ARRAYS."""
-        x = SimpleNamespace(**{**ARRAYS, **arrays})
-        x.w, x.l = x.logp_BK.T
-        x.rw, x.rl = x.ref_logp_BK.T
-        x.a, x.b = x.w - x.rw, x.l - x.rl
-        x.len_w, x.len_l = x.length_BK.T
-        numbers = self.numbers if numbers is None else numbers
-        return np.asarray(self.formula(x, **numbers), np.float64)
-
-
-def ls(z):
-    """log sigmoid."""
-    return -np.logaddexp(0, -z)
-
-
-def exp(z):
-    """exp of the exponent clamped at 80."""
-    return np.exp(np.minimum(z, 80))
-
-
-def cdpo(z, e=0.0):
-    """The logistic link with label smoothing e."""
-    return -(1 - e) * ls(z) - e * ls(-z)
 
 
 def plackett_luce(score_BK, mask_BK):
@@ -121,6 +40,107 @@ def dpo_row(margin, *, beta=0.3, e=0.0, **flags):
     return Row("dpo", formula, numbers, flags)
 
 
+def squares(x, beta):
+    """How far a is from 1/(2 beta) and b from its negative."""
+    return (x.a - 1 / (2 * beta)) ** 2 + (x.b + 1 / (2 * beta)) ** 2
+
+
+def calibrated(x, beta):
+    return cdpo(x.a - x.b) + squares(x, beta)
+
+
+def robust(z, e):
+    return (-(1 - e) * ls(z) + e * ls(-z)) / (1 - 2 * e)
+
+
+def exo(z, e):
+    """KL of (sigmoid(z), sigmoid(-z)) to (1-e, e)."""
+    return sigmoid(z) * (ls(z) - np.log(1 - e)) + sigmoid(-z) * (ls(-z) - np.log(e))
+
+
+def discopop(x, beta, tau=0.05):
+    z = beta * (x.a - x.b)
+    return sigmoid(-z / tau) * cdpo(z) + np.exp(ls(z / tau) - z)
+
+
+def odpo(x, beta, alpha=1.0, f=np.log):
+    gap = x.score_BKC[:, 0, 0] - x.score_BKC[:, 1, 0]
+    return cdpo(beta * (x.a - x.b) - alpha * f(np.maximum(gap, 1e-6)))
+
+
+def chi_po(x, beta, clip):
+    z = beta * (exp(x.a) + x.a - exp(x.b) - x.b)
+    return cdpo(np.clip(z, -2 * clip, 2 * clip))
+
+
+def tdpo(x, beta, alpha=0.5):
+    return cdpo(beta * (x.a - x.b - alpha * (x.kl_BK[:, 1] - x.sg.kl_BK[:, 0])))
+
+
+def transported(owner, other, used, beta, e=0.0):
+    """cDPO of beta (owner - the other value of the same rank), where the owner stands."""
+    value = np.zeros(len(owner))
+    order = [b for b in np.argsort(owner, kind="stable") if used[b]]
+    value[order] = cdpo(beta * (owner[order] - np.sort(other[used])), e)
+    return value
+
+
+def aot(x, beta, label_smoothing=0.0, used=None):
+    used = np.ones(len(x.w), bool) if used is None else used(x)
+    return transported(x.w - x.l, x.rw - x.rl, used, beta, label_smoothing)
+
+
+def aot_unpaired(x, beta, label_smoothing=0.0, used=None):
+    used = np.ones(len(x.w), bool) if used is None else used(x)
+    return transported(x.a, x.b, used, beta, label_smoothing)
+
+
+def weighted(x):
+    return x.weight_B > 0
+
+
+def beta_dpo(x, beta, alpha=0.6, rho=0.8, used=None, delta=0.0):
+    """Only the pairs nearest delta count, under a beta that the mean moves."""
+    used = np.ones(len(x.w), bool) if used is None else used(x)
+    M = beta * (x.sg.a - x.sg.b)
+    scale = beta * (1 + alpha * (np.mean(M[used]) - delta))
+    nearest = [b for b in np.argsort(abs(M - delta), kind="stable") if used[b]]
+    kept = nearest[: int(np.ceil(np.round(rho * len(nearest), 5)))]
+    value = np.zeros(len(M))
+    value[kept] = cdpo(scale * (x.a - x.b)[kept])
+    return value
+
+
+def means(x):
+    """wbar and lbar."""
+    return x.w / x.len_w, x.l / x.len_l
+
+
+def simpo(x, beta, gamma):
+    w, l = means(x)  # noqa: E741
+    return cdpo(beta * (w - l) - gamma)
+
+
+def alpha_po(x, beta, gamma, alpha):
+    w, l = ((1 - exp(-alpha * y)) / alpha for y in means(x))  # noqa: E741
+    return cdpo(beta * (w - l) - gamma)
+
+
+def orpo(x, lam=0.1):
+    """The log of odds p / (1 - p), p the mean probability of a token."""
+    w, l = (np.minimum(y, -1e-7) for y in means(x))  # noqa: E741
+    odds = (y - np.log(-np.expm1(y)) for y in (w, l))
+    return lam * cdpo(next(odds) - next(odds))
+
+
+def simper(x):
+    w, l = means(x)  # noqa: E741
+    return np.exp(l) - np.exp(w)
+
+
+DELTA = (*SCORED, "delta")
+WEIGHTED = (*SCORED, "weight_B")
+NO_REFERENCE = ("logp_BK", "length_BK")
 KL = ("logp", "ref_logp")
 ROWS = (
     dpo_row(lambda x: x.a - x.b),
@@ -157,6 +177,125 @@ ROWS = (
         {"beta": 0.7},
         {"divergence": losses.jensen_shannon},
     ),
+    Row(
+        "robust_dpo",
+        lambda x, beta, label_smoothing: robust(beta * (x.a - x.b), label_smoothing),
+        {"beta": 0.3, "label_smoothing": 0.1},
+    ),
+    Row(
+        "robust_dpo",
+        lambda x, beta, label_smoothing: robust(beta * (ls(x.a) - ls(x.b)), label_smoothing),
+        {"beta": 0.3, "label_smoothing": 0.3},
+        {"divergence": losses.jensen_shannon},
+    ),
+    Row("exo", lambda x, beta: exo(beta * (x.a - x.b), 1e-3), {"beta": 0.3}),
+    Row(
+        "exo",
+        lambda x, beta, label_smoothing: exo(beta * (exp(-x.b) - exp(-x.a)), label_smoothing),
+        {"beta": 0.02, "label_smoothing": 0.1},
+        {"divergence": losses.forward_kl},
+    ),
+    Row("discopop", discopop, {"beta": 0.1}),
+    Row("discopop", discopop, {"beta": 0.3, "tau": 1.0}),
+    Row(
+        "dpop",
+        lambda x, beta: cdpo(beta * (x.a - x.b - 50 * np.maximum(0, x.rw - x.w))),
+        {"beta": 0.3},
+    ),
+    Row(
+        "dpop",
+        lambda x, beta, lam: cdpo(beta * (x.a - x.b - lam * np.maximum(0, -x.a))),
+        {"beta": 0.3, "lam": 5.0},
+    ),
+    Row(
+        "r_dpo",
+        lambda x, beta, alpha: cdpo(beta * (x.a - x.b) + alpha * (1.0 * x.len_w - x.len_l)),
+        {"beta": 0.3, "alpha": 0.05},
+    ),
+    Row("odpo", odpo, {"beta": 0.3}, takes=(*SCORED, "score_BKC")),
+    Row(
+        "odpo",
+        lambda x, beta, alpha: odpo(x, beta, alpha, np.sqrt),
+        {"beta": 0.3, "alpha": 0.5},
+        {"f": jnp.sqrt},
+        takes=(*SCORED, "score_BKC"),
+    ),
+    Row(
+        "modpo",
+        lambda x, beta, weight: cdpo((beta * (x.a - x.b) - (1 - weight) * x.margin_B) / weight),
+        {"beta": 0.3, "weight": 0.4},
+        takes=(*SCORED, "margin_B"),
+    ),
+    Row(
+        "soft_dpo",
+        lambda x, beta: cdpo(beta * (x.a - x.b), 1 - x.soft_label_B),
+        {"beta": 0.3},
+        takes=(*SCORED, "soft_label_B"),
+    ),
+    Row("chi_po", chi_po, {"beta": 0.3, "clip": 5.0}),
+    Row("chi_po", chi_po, {"beta": 0.3, "clip": 0.6}),
+    Row("tdpo", tdpo, {"beta": 0.3}, takes=(*SCORED, "kl_BK")),
+    Row("tdpo", tdpo, {"beta": 0.3, "alpha": 1.5}, takes=(*SCORED, "kl_BK")),
+    Row(
+        "nca",
+        lambda x, beta: -ls(beta * x.a) - ls(-beta * x.a) / 2 - ls(-beta * x.b) / 2,
+        {"beta": 0.3},
+    ),
+    Row("bco_pair", lambda x, beta: -ls(beta * x.a) - ls(-beta * x.b), {"beta": 0.3}),
+    Row(
+        "bco_pair",
+        lambda x, beta: -ls(beta * x.a - x.sg.delta) - ls(x.sg.delta - beta * x.b),
+        {"beta": 0.3},
+        takes=DELTA,
+    ),
+    Row("sppo_hard", squares, {"beta": 0.1}),
+    Row("apo_zero", lambda x, beta: 1 - sigmoid(beta * x.a) + sigmoid(beta * x.b), {"beta": 0.3}),
+    Row(
+        "apo_down",
+        lambda x, beta: sigmoid(beta * x.a) + 1 - sigmoid(beta * (x.a - x.b)),
+        {"beta": 0.3},
+    ),
+    Row("cal_dpo", calibrated, {"beta": 0.1}),
+    Row("aot", aot, {"beta": 0.3}),
+    Row("aot", aot, {"beta": 0.3, "label_smoothing": 0.1}),
+    Row("aot", partial(aot, used=weighted), {"beta": 0.3}, takes=WEIGHTED),
+    Row("aot_unpaired", aot_unpaired, {"beta": 0.3}),
+    Row("aot_unpaired", aot_unpaired, {"beta": 0.3, "label_smoothing": 0.1}),
+    Row("aot_unpaired", partial(aot_unpaired, used=weighted), {"beta": 0.3}, takes=WEIGHTED),
+    Row("beta_dpo", beta_dpo, {"beta": 0.1}),
+    Row(
+        "beta_dpo",
+        lambda x, **numbers: beta_dpo(x, used=weighted, delta=x.sg.delta, **numbers),
+        {"beta": 0.1, "alpha": 0.4, "rho": 0.5},
+        takes=(*WEIGHTED, "delta"),
+    ),
+    Row("cpo", lambda x, beta: cdpo(beta * (x.w - x.l)), {"beta": 0.1}, takes=("logp_BK",)),
+    Row(
+        "cpo",
+        lambda x, beta, label_smoothing: cdpo(beta * (x.w - x.l), label_smoothing),
+        {"beta": 0.1, "label_smoothing": 0.2},
+        takes=("logp_BK",),
+    ),
+    Row("simpo", simpo, {"beta": 2.0, "gamma": 0.7}, takes=NO_REFERENCE),
+    Row("alpha_po", alpha_po, {"beta": 2.0, "gamma": 0.7, "alpha": 0.25}, takes=NO_REFERENCE),
+    Row("alpha_po", alpha_po, {"beta": 2.0, "gamma": 0.7, "alpha": -0.5}, takes=NO_REFERENCE),
+    Row(
+        "alpha_po",
+        lambda x, beta, gamma, alpha: simpo(x, beta, gamma),
+        {"beta": 2.0, "gamma": 0.7, "alpha": 0.0},
+        takes=NO_REFERENCE,
+    ),
+    Row("orpo", orpo, takes=NO_REFERENCE),
+    Row("orpo", orpo, {"lam": 0.5}, takes=NO_REFERENCE),
+    Row("slic", lambda x: np.maximum(0, 1 - (x.w - x.l)), takes=("logp_BK",)),
+    Row(
+        "slic",
+        lambda x, delta: np.maximum(0, delta - (x.w - x.l)),
+        {"delta": 2.5},
+        takes=("logp_BK",),
+    ),
+    Row("simper", simper, takes=NO_REFERENCE),
+    Row("unlikelihood", lambda x, alpha: alpha * x.l - x.w, {"alpha": 0.2}, takes=("logp_BK",)),
     Row("nll", lambda x: -x.w / x.len_w),
     Row("nll", lambda x: -x.w / x.len_w, flags={"per": "sequence"}),
     Row("bradley_terry", lambda x: cdpo(x.score_BK[:, 0] - x.score_BK[:, 1]), takes=("score_BK",)),
@@ -199,4 +338,6 @@ ROWS = (
         lambda x: np.sum(np.exp(x.logp_V) * (x.logp_V - x.ref_logp_V), axis=-1),
         takes=("logp_V", "ref_logp_V"),
     ),
+    # lists, single responses, rewards and policy gradients
+    *expected_lists.ROWS,
 )

@@ -1,6 +1,7 @@
 """Annotators: formulas in float64, frequencies inside binomial bounds, limits and invariances."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -8,9 +9,21 @@ import pytest
 
 from dpo_jax.structs import BadInput
 from dpo_jax.worlds import annotators
-from dpo_jax.worlds.annotators import agreement, bradley_terry, flips, length_bias, noiseless
+from dpo_jax.worlds.annotators import (
+    Label,
+    agreement,
+    bradley_terry,
+    flips,
+    length_bias,
+    noiseless,
+    plackett_luce,
+    thumbs,
+    ties,
+)
 
 SCORES = np.array([0.3, -1.2, 2.0, 0.3])
+LENGTHS = np.array([10.0, 12, 9, 14])
+BOTH = np.stack([SCORES, LENGTHS], axis=1)  # the first criterion is what annotators value
 PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 BOUND = 4.5  # standard errors; one test in 150 000 fails by chance
 
@@ -24,9 +37,9 @@ def wins(annotator, draws=5000):
     rng = np.random.default_rng(0)
     count, labels = dict.fromkeys(PAIRS, 0), []
     for _ in range(draws):
-        labels = annotator(SCORES, rng)
+        labels = annotator(BOTH, rng)
         for label in labels:
-            count[min(label[:2]), max(label[:2])] += label.winner < label.loser
+            count[min(label.order), max(label.order)] += label.order[0] < label.order[1]
     return count, labels
 
 
@@ -52,57 +65,143 @@ def wins(annotator, draws=5000):
 def test_winners_come_with_their_probability(annotator, law):
     draws = 5000
     count, labels = wins(annotator, draws)
-    assert [(min(label[:2]), max(label[:2])) for label in labels] == PAIRS
+    assert [tuple(sorted(label.order)) for label in labels] == PAIRS
+    assert all(label.soft_label is None and label.label is None for label in labels)
     for (i, j), label in zip(PAIRS, labels, strict=True):
         p = law(SCORES[i] - SCORES[j])
-        assert label.p == pytest.approx(p if label.winner == i else 1 - p, abs=1e-12)
+        assert label.p == pytest.approx(p if label.order[0] == i else 1 - p, abs=1e-12)
         assert abs(count[i, j] - draws * p) <= BOUND * math.sqrt(draws * p * (1 - p))
 
 
 def test_huge_and_equal_gaps():
-    scores = np.array([1e4, -1e4, -1e4])
+    scores = np.array([[1e4], [-1e4], [-1e4]])
     first, second, tie = bradley_terry(scores, np.random.default_rng(0), temperature=1e-3)
-    assert (first, second) == ((0, 1, 1.0), (0, 2, 1.0))
+    assert (first, second) == (Label((0, 1), 1.0), Label((0, 2), 1.0))
     assert tie.p == 0.5
-    assert bradley_terry(np.array([1.0]), np.random.default_rng(0)) == []
+    ranking = plackett_luce(scores, np.random.default_rng(0), temperature=1e-3)
+    assert [label.p for label in ranking] == [0.5] and ranking[0].order[0] == 0
+    for annotator in (bradley_terry, plackett_luce):
+        assert annotator(np.array([[1.0]]), np.random.default_rng(0)) == []
 
 
 def test_bradley_terry_tends_to_noiseless():
     for seed in range(20):  # the tie of SCORES falls as the shared luck wants
-        cold = bradley_terry(SCORES, np.random.default_rng(seed), temperature=1e-6)
-        assert cold == noiseless(SCORES, np.random.default_rng(seed))
+        cold = bradley_terry(BOTH, np.random.default_rng(seed), temperature=1e-6)
+        assert cold == noiseless(BOTH, np.random.default_rng(seed))
 
 
 def test_scores_matter_by_their_differences_and_the_temperature_scales_them():
     for seed in range(20):
-        labels = bradley_terry(SCORES, np.random.default_rng(seed), temperature=2.0)
-        moved = bradley_terry(4 * SCORES + 8, np.random.default_rng(seed), temperature=8.0)
-        assert [label[:2] for label in moved] == [label[:2] for label in labels]
-        assert [label.p for label in moved] == pytest.approx([label.p for label in labels])
+        for annotator in (bradley_terry, plackett_luce):
+            labels = annotator(BOTH, np.random.default_rng(seed), temperature=2.0)
+            moved = annotator(4 * BOTH + 8, np.random.default_rng(seed), temperature=8.0)
+            assert [label.order for label in moved] == [label.order for label in labels]
+            assert [label.p for label in moved] == pytest.approx([label.p for label in labels])
 
 
 def test_flips_never_or_always():
     for seed in range(20):
-        labels = bradley_terry(SCORES, np.random.default_rng(seed))
-        assert flips(SCORES, np.random.default_rng(seed), rate=0) == labels
-        turned = flips(SCORES, np.random.default_rng(seed), rate=1)
-        assert [label[:2] for label in turned] == [label[1::-1] for label in labels]
-        assert [label.p for label in turned] == pytest.approx([label.p for label in labels])
+        for annotator in (bradley_terry, thumbs):
+            labels = annotator(BOTH, np.random.default_rng(seed))
+            turn = functools.partial(flips, BOTH, annotator=annotator)
+            assert turn(np.random.default_rng(seed), rate=0) == labels
+            turned = turn(np.random.default_rng(seed), rate=1)
+            assert [label.p for label in turned] == pytest.approx([label.p for label in labels])
+            if annotator is thumbs:
+                assert [label.label for label in turned] == [not label.label for label in labels]
+                assert [label.order for label in turned] == [label.order for label in labels]
+            else:
+                assert [label.order for label in turned] == [label.order[::-1] for label in labels]
 
 
 def test_length_bias_prefers_the_longer():
-    lengths = np.array([10, 12, 9, 14])
     for seed in range(20):
-        draw = functools.partial(length_bias, SCORES, np.random.default_rng(seed))
-        biased = draw(lengths_K=lengths, bonus=0.5)
-        assert biased == bradley_terry(SCORES + 0.5 * lengths, np.random.default_rng(seed))
+        biased = length_bias(BOTH, np.random.default_rng(seed), bonus=0.5)
+        longer = (SCORES + 0.5 * LENGTHS)[:, None]
+        assert biased == bradley_terry(longer, np.random.default_rng(seed))
         # Of two with equal scores, the one four words longer: sigmoid(0.5 * 4).
-        tie = next(label for label in biased if {*label[:2]} == {0, 3})
-        assert tie.p == pytest.approx(p_by_hand(2 if tie.winner == 3 else -2), abs=1e-12)
-    longest_first = length_bias(
-        SCORES, np.random.default_rng(0), lengths_K=lengths, bonus=100, annotator=noiseless
-    )
-    assert all(lengths[label.winner] > lengths[label.loser] for label in longest_first)
+        tie = next(label for label in biased if {*label.order} == {0, 3})
+        assert tie.p == pytest.approx(p_by_hand(2 if tie.order[0] == 3 else -2), abs=1e-12)
+    swapped, rng = BOTH[:, [0, 0, 1]], np.random.default_rng(0)
+    longest_first = length_bias(swapped, rng, bonus=100, criterion=2, annotator=noiseless)
+    assert len(longest_first) == 6 and (swapped == BOTH[:, [0, 0, 1]]).all()
+    assert all(LENGTHS[label.order[0]] > LENGTHS[label.order[1]] for label in longest_first)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_rankings_follow_plackett_and_luce(temperature):
+    """All 24 rankings against the product of softmaxes over those left, and marginal pairs."""
+    draws, rng = 8000, np.random.default_rng(2)
+    found: dict[tuple[int, ...], list[float]] = {}
+    for _ in range(draws):
+        (label,) = plackett_luce(BOTH, rng, temperature=temperature)
+        found.setdefault(label.order, []).append(label.p)
+    strength = np.exp(SCORES / temperature)
+    total = 0.0
+    for order in itertools.permutations(range(4)):
+        p = math.prod(strength[k] / strength[[*order[i:]]].sum() for i, k in enumerate(order))
+        total += p
+        assert found.get(order, [p]) == pytest.approx([p] * len(found.get(order, [p])), rel=1e-12)
+        deviation = math.sqrt(draws * p * (1 - p))
+        assert abs(len(found.get(order, [])) - draws * p) <= BOUND * deviation, order
+    assert total == pytest.approx(1.0)
+
+
+def test_ties_follow_rao_and_kupper():
+    """P(i before j) = pi_i / (pi_i + theta pi_j) with pi = exp(s), whatever the draw came from."""
+    draws, rng, theta = 8000, np.random.default_rng(3), math.exp(0.7)
+    scores = np.array([[0.8], [0.0]])
+    p, q = (math.exp(a) / (math.exp(a) + theta * math.exp(b)) for a, b in ((0.8, 0), (0, 0.8)))
+    count = dict.fromkeys(["first", "second", "tie"], 0)
+    wanted = {"first": p, "second": q, "tie": 1 - p - q}
+    for _ in range(draws):
+        (label,) = ties(scores, rng, threshold=0.7)
+        assert label.soft_label in (0.5, 1.0) and label.label is None
+        name = "tie" if label.soft_label == 0.5 else ("first", "second")[label.order[0]]
+        count[name] += 1
+        assert label.p == pytest.approx(wanted[name], abs=1e-12)
+    for name, p in wanted.items():
+        assert abs(count[name] - draws * p) <= BOUND * math.sqrt(draws * p * (1 - p)), name
+
+
+def test_ties_never_and_always():
+    for seed in range(20):
+        plain = bradley_terry(BOTH, np.random.default_rng(seed))
+        never = ties(BOTH, np.random.default_rng(seed), threshold=0)
+        assert [label.order for label in never] == [label.order for label in plain]
+        assert [label.p for label in never] == pytest.approx([label.p for label in plain])
+        assert {label.soft_label for label in never} == {1.0}
+        always = ties(BOTH, np.random.default_rng(seed), threshold=700)
+        assert {label.soft_label for label in always} == {0.5}
+        assert [label.p for label in always] == pytest.approx([1.0] * 6)
+    sure = ties(1e6 * BOTH[:3], np.random.default_rng(0), threshold=1, annotator=noiseless)
+    assert [(label.p, label.soft_label) for label in sure] == [(1.0, 1.0)] * 3
+
+
+def test_thumbs_judge_every_response_alone():
+    draws, rng = 5000, np.random.default_rng(4)
+    good_K = np.zeros(4)
+    for _ in range(draws):
+        labels = thumbs(BOTH, rng, threshold=0.5, temperature=2.0)
+        assert [label.order for label in labels] == [(0,), (1,), (2,), (3,)]
+        good_K += [bool(label.label) for label in labels]
+        for score, label in zip(SCORES, labels, strict=True):
+            p = p_by_hand(score - 0.5, 2.0)
+            assert label.p == pytest.approx(p if label.label else 1 - p, abs=1e-12)
+            assert type(label.label) is bool and label.soft_label is None
+    for score, good in zip(SCORES, good_K, strict=True):
+        p = p_by_hand(score - 0.5, 2.0)
+        assert abs(good - draws * p) <= BOUND * math.sqrt(draws * p * (1 - p))
+
+
+def test_turned_thumbs_keep_their_probability():
+    draws, rng, good = 5000, np.random.default_rng(5), 0
+    p = 0.8 * p_by_hand(2.0) + 0.2 * p_by_hand(-2.0)
+    for _ in range(draws):
+        labels = flips(BOTH, rng, rate=0.2, annotator=thumbs)
+        good += bool(labels[2].label)
+        assert labels[2].p == pytest.approx(p if labels[2].label else 1 - p, abs=1e-12)
+    assert abs(good - draws * p) <= BOUND * math.sqrt(draws * p * (1 - p))
 
 
 def test_agreement_by_hand():
@@ -119,9 +218,9 @@ def test_agreement_is_the_accuracy_of_one_who_knows_the_scores():
     rng = np.random.default_rng(1)
     scores_BK = rng.normal(size=(3000, 4))
     labels = [
-        (scores[label.winner], scores[label.loser])
+        scores[list(label.order)]
         for scores in scores_BK
-        for label in bradley_terry(scores, rng, temperature=0.5)
+        for label in bradley_terry(scores[:, None], rng, temperature=0.5)
     ]
     ceiling = agreement(scores_BK, temperature=0.5)
     correct = np.mean([winner > loser for winner, loser in labels])
@@ -132,7 +231,7 @@ def test_agreement_is_the_accuracy_of_one_who_knows_the_scores():
             [
                 max(label.p, 1 - label.p)
                 for scores in scores_BK
-                for label in bradley_terry(scores, rng, temperature=0.5)
+                for label in bradley_terry(scores[:, None], rng, temperature=0.5)
             ]
         ),
         abs=1e-12,
@@ -142,15 +241,27 @@ def test_agreement_is_the_accuracy_of_one_who_knows_the_scores():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (functools.partial(bradley_terry, SCORES, temperature=0.0), "temperature is 0.0"),
-        (functools.partial(bradley_terry, SCORES, temperature=math.nan), "temperature is nan"),
-        (functools.partial(bradley_terry, np.array([0.0, math.nan])), "finite vector"),
-        (functools.partial(noiseless, np.zeros((2, 2))), "finite vector"),
-        (functools.partial(flips, SCORES, rate=1.5), "rate is a probability, not 1.5"),
+        (functools.partial(bradley_terry, BOTH, temperature=0.0), "temperature is 0.0"),
+        (functools.partial(bradley_terry, BOTH, temperature=math.nan), "temperature is nan"),
+        (functools.partial(plackett_luce, BOTH, temperature=-1.0), "temperature is -1.0"),
+        (functools.partial(thumbs, BOTH, temperature=0), "temperature is 0"),
+        (functools.partial(bradley_terry, np.array([[0.0], [math.nan]])), "finite matrix"),
+        (functools.partial(noiseless, np.zeros(2)), "finite matrix"),
+        (functools.partial(thumbs, np.zeros((2, 0))), "finite matrix"),
+        (functools.partial(flips, BOTH, rate=1.5), "rate is a probability, not 1.5"),
+        (functools.partial(flips, BOTH, rate=0.0, annotator=plackett_luce), "a ranking has no"),
         (
-            functools.partial(length_bias, SCORES, lengths_K=np.ones(2), bonus=1),
-            "one length for each",
+            functools.partial(
+                flips, BOTH, rate=0.0, annotator=functools.partial(ties, threshold=1)
+            ),
+            "may be a tie has no opposite",
         ),
+        (functools.partial(ties, BOTH, threshold=-0.1), "threshold is -0.1"),
+        (functools.partial(ties, BOTH, threshold=math.inf), "threshold is inf"),
+        (functools.partial(ties, BOTH, threshold=1, annotator=plackett_luce), "no plain pairs"),
+        (functools.partial(ties, BOTH, threshold=1, annotator=thumbs), "no plain pairs"),
+        (functools.partial(length_bias, BOTH[:, :1], bonus=1), "no criterion 1 among 1"),
+        (functools.partial(length_bias, BOTH, bonus=1, criterion=-1), "no criterion -1"),
     ],
 )
 def test_unusable_input(call, message):

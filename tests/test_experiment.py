@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_jax import experiment, functions, losses, optim, values
+from dpo_jax.data import criteria, views
 from dpo_jax.experiment import (
     Data,
     Experiment,
@@ -82,7 +83,7 @@ DPO = Experiment(
     name="dpo",
     parent=SFT,
     data=Data(
-        source=Sampled(SFT, partial(records, n=3), reward, annotator), tokenizer="some/folder"
+        source=Sampled(SFT, partial(records, n=3), (reward,), annotator), tokenizer="some/folder"
     ),
     algorithm=partial(algorithm, loss=partial(losses.dpo, beta=0.1)),
     optim=Optim(learning_rate=1e-4),
@@ -157,6 +158,42 @@ def test_functions_in_a_tuple():
     assert changed.evaluation.rewards == (reward, sentiment.reward)
     shown = values.show(changed.evaluation.rewards)
     assert override(changed, {"evaluation.rewards": shown}) == changed
+
+
+def test_the_weights_of_criteria_are_options_of_an_arrangement():
+    weighed = partial(criteria.order, helpfulness=0.7, safety=0.3)
+    start = replace(DPO, data=replace(DPO.data, arrange=weighed))
+    found = {path: now for path, now in options(start) if path.startswith("data.arrange")}
+    assert found == {
+        "data.arrange": weighed,
+        "data.arrange.helpfulness": 0.7,
+        "data.arrange.safety": 0.3,
+    }
+    changed = override(start, {"data.arrange.safety": "1"})
+    assert changed.data.arrange.keywords == {"helpfulness": 0.7, "safety": 1.0}
+    assert changed == replace(
+        DPO, data=replace(DPO.data, arrange=partial(criteria.order, safety=1, helpfulness=0.7))
+    )
+    more = override(start, {"data.arrange.honesty": "0.5"})  # any name may be a criterion
+    assert at(more, "data.arrange.honesty") == 0.5
+    assert len({digest(each) for each in (DPO, start, changed, more)}) == 4
+    described = describe(start)["data"]["arrange"]
+    assert described == {
+        "function": "dpo_jax.data.criteria:order",
+        "helpfulness": 0.7,
+        "safety": 0.3,
+    }
+    with pytest.raises(BadInput, match=r"data\.arrange\.safety=high: expected float"):
+        override(start, {"data.arrange.safety": "high"})
+
+
+def test_an_arrangement_is_named_on_the_command_line():
+    changed = override(DPO, {"data.arrange": "data.views.pairs"})
+    assert changed.data.arrange is views.pairs
+    assert override(changed, {"data.arrange": "None"}) == DPO
+    words = {"data.arrange": "data.criteria.margins", "data.arrange.by": "safety"}
+    changed = override(DPO, words | {"data.arrange.helpfulness": "0.5"})
+    assert changed.data.arrange.keywords == {"by": "safety", "helpfulness": 0.5}
 
 
 def test_an_empty_override_is_the_same_value():
@@ -241,7 +278,14 @@ def test_a_parent_can_be_a_path_and_its_twin_follows():
         ({"run.steps.x": 1}, ["run.steps is 10"]),
         ({"evaluation.source.n": 1}, ["evaluation.source is None"]),
         ({"evaluation.samples": 2}, ["evaluation.prompts is None"]),
-        ({"data.source.reward.found": 1}, ["has none"]),
+        ({"data.source.rewards.found": 1}, ["data.source.rewards is (", "without options"]),
+        ({"data.source.rewards": "()"}, ["Sampled.rewards=()", "one or more functions"]),
+        ({"data.source.rewards": (reward, reward)}, ["a name of its own"]),
+        ({"data.source.rewards": (partial(reward),)}, ["not partial"]),
+        ({"data.source.rewards": reward}, ["data.source.rewards", "a tuple of a function"]),
+        ({"data.arrange.safety": 1}, ["data.arrange is None"]),
+        ({"data.arrange": "data.criteria.margins"}, ["data.arrange.by=VALUE"]),
+        ({"data.arrange": "data.views.pair"}, ["nearest is data.views.pairs"]),
         ({"parent.algorithm.loss.slots": 1}, ["has scale"]),
         ({"data.tokenizer.x": 1}, ["the path 'some/folder'"]),
         ({"run.steps": "many"}, ["run.steps=many", "expected int", "now 10"]),
@@ -331,7 +375,7 @@ def test_description_is_json_and_spells_defaults_out():
     described = describe(DPO)
     assert json.loads(json.dumps(described, allow_nan=False)) == described
     loss = described["algorithm"]["loss"]
-    assert loss["function"] == "dpo_jax.losses.preference:dpo"
+    assert loss["function"] == "dpo_jax.losses.pairs:dpo"
     assert loss["label_smoothing"] == 0.0
     assert loss["divergence"] == "dpo_jax.losses.divergence:reverse_kl"
     assert described["parent"]["model"] == {

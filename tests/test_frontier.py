@@ -4,17 +4,15 @@ import json
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 from tiny import MODEL
-from tiny_runs import EXPERIMENT, rows
+from tiny_runs import EXPERIMENT, SFT, rows
 
-from dpo_jax import frontier, losses
-from dpo_jax.algorithms.preference import preference
+from dpo_jax import frontier
 from dpo_jax.evaluate import Completions, mean_and_error
 from dpo_jax.experiment import Evaluation, override
 from dpo_jax.frontier import Curve, Point, best_of_n, compared, optimal_tilt
@@ -120,12 +118,11 @@ def test_members_that_cannot_be_compared_are_refused_before_any_training(tmp_pat
     one, other = BETAS
     unlike = replace(other, evaluation=replace(other.evaluation, max_tokens=5))
     blind = [replace(each, evaluation=Evaluation()) for each in BETAS]
-    nll = [replace(x, algorithm=partial(preference, loss=losses.nll)) for x in BETAS]
-    nll[1] = override(nll[1], {"run.seed": 1})
+    orphans = [replace(x, parent=None, model=SFT.model) for x in BETAS]
     for members, said in (
         ([one, unlike], "one parent and one evaluation"),
         (blind, "evaluation.prompts and evaluation.rewards"),
-        (nll, "losses with a reference"),
+        (orphans, "runs with a parent"),
     ):
         with pytest.raises(BadInput, match=said):
             frontier.frontier(members, directory="out", name="x")
@@ -139,6 +136,11 @@ def test_annotator_accuracy_is_that_of_the_likelier_label(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     held = replace(EXPERIMENT, evaluation=Evaluation(source=str(file)))
     assert frontier.annotator_accuracy(held) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
+    # of a tie, and of a ranking of three, p is not that of the one of two that is preferred
+    ranking = {"prompt": "a", "responses": ["b", "c", "d"], "p": 0.1}
+    for line in (ranking, pair | {"p": 0.1, "soft_label": 0.5}):
+        file.write_text(json.dumps(line) + "\n")
+        assert frontier.annotator_accuracy(held) is None
     file.write_text(json.dumps(pair) + "\n")
     assert frontier.annotator_accuracy(held) is None
 

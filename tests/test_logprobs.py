@@ -1,5 +1,6 @@
 """Log-probabilities: chunked against naive, packed against alone, in value and gradient."""
 
+import json
 from functools import partial
 
 import jax
@@ -20,7 +21,7 @@ from dpo_jax.logprobs import (
     token_kls,
     token_logps,
 )
-from dpo_jax.structs import Group, Scored, TrainState
+from dpo_jax.structs import Batch, Group, Model, Scored, TrainState
 
 PARAMS = MODEL.init(jax.random.key(0))
 OTHER = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), PARAMS)
@@ -162,3 +163,51 @@ def test_per_response_sums_by_a_loop():
         if slot >= 0:
             expected[r, slot // K, slot % K] += x_RN[r, n]
     np.testing.assert_allclose(per_response(x_RN, batch), expected, atol=1e-6)
+
+
+def table(logits_RTV):
+    """A model that says what a table says, row by row; with its batch of labels to score."""
+    return Model(
+        init=lambda key: jnp.asarray(logits_RTV, jnp.float32),
+        hidden=lambda params, tokens, positions, until, cache=None: (params, cache),
+        unembed=lambda params, hidden: hidden,
+    )
+
+
+def one_response_a_row(label_RN, source_N):
+    """Every label of a row is scored as one response, -100 is not; its source is a place of it."""
+    R, N = label_RN.shape
+    used_RN = label_RN >= 0
+    some_RT = np.zeros((R, N + 1), np.int32)  # a table reads neither tokens nor places
+    return Batch(
+        tokens_RT=some_RT,
+        positions_RT=some_RT,
+        until_RT=some_RT,
+        target_RN=np.where(used_RN, label_RN, 0),
+        source_RN=np.broadcast_to(source_N, (R, N)),
+        slot_RN=np.where(used_RN, 0, -1),
+        end_RGK=np.zeros((R, 1, 1), np.int32),
+        weight_RN=used_RN.astype(np.float32),
+        weight_RG=np.ones((R, 1), np.float32),
+        record_RG=np.arange(R)[:, None],
+    )
+
+
+def test_recorded_sums_and_means_of_the_dpo_authors(shared):
+    """`_get_batch_logps`: label t is said by place t - 1, and the label -100 does not count."""
+    record = json.loads((shared / "golden" / "loss_oracles.json").read_text())["batch_logps"]
+    model = table(record["logits"])
+    batch = one_response_a_row(np.array(record["labels"])[:, 1:], np.arange(5))
+    total_B = response_logps(model, model.init(jax.random.key(0)), batch)[:, 0, 0]
+    np.testing.assert_allclose(total_B, record["sum"], rtol=1e-6)
+    mean_B = losses.measure.per_token(total_B, response_lengths(batch)[:, 0, 0])
+    np.testing.assert_allclose(mean_B, record["mean"], rtol=1e-6)
+
+
+def test_recorded_log_softmax_of_tunix(shared):
+    entries = json.loads((shared / "golden" / "peer_vectors.json").read_text())["vectors"]
+    (entry,) = [each for each in entries if each["name"] == "tunix_selective_log_softmax"]
+    model = table(entry["inputs"]["logits"])
+    batch = one_response_a_row(np.array(entry["inputs"]["ids"]), np.arange(4))
+    logp_RN = token_logps(model, model.init(jax.random.key(0)), batch)
+    np.testing.assert_allclose(logp_RN, entry["expected"], rtol=1e-6)

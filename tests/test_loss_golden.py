@@ -35,22 +35,59 @@ def vectors(shared):
     return {entry["name"]: entry for entry in entries}
 
 
+OF_LIGER = {
+    "HFDPOLoss": losses.dpo,
+    "HFAPOZeroLoss": losses.apo_zero,
+    "HFAPODownLoss": losses.apo_down,
+    "HFSPPPOHARDLoss": losses.sppo_hard,
+    "HFNCAPAIRLoss": losses.nca,
+    "HFHingeLoss": losses.hinge,
+    "HFBCOPAIRLoss": losses.bco_pair,
+    "HFRobustLoss": losses.robust_dpo,
+    "HFEXOPAIRLoss": losses.exo,
+    "HFDiscoPOPLoss": losses.discopop,
+}
+OF_CPO = {
+    "sigmoid": losses.cpo,
+    "hinge": losses.hinge,
+    "ipo": partial(losses.ipo, length_norm=False),
+    "simpo": losses.simpo,
+}
+
+
 def loss_of(case):
-    """The loss that a recorded case ran, with its keywords; None where it is another loss."""
+    """The loss that a recorded case ran, with its keywords; None where it is not of pairs."""
     name, params = case["name"], case["params"]
-    beta = params.get("beta")
-    if name.startswith(("dpo_sigmoid", "HFDPOLoss")):
-        return partial(losses.dpo, beta=beta, label_smoothing=params.get("label_smoothing", 0.0))
-    if name.startswith("dpo_reference_free"):
-        return partial(losses.dpo, beta=beta, reference_free=True)
-    if name.startswith("cpo_sigmoid"):
-        smoothing = params["label_smoothing"]
-        return partial(losses.dpo, beta=beta, label_smoothing=smoothing, reference_free=True)
-    if name.startswith(("ipo_sum", "cpo_ipo")):
-        return partial(losses.ipo, beta=beta, length_norm=False)
-    if name.startswith(("HFHinge", "cpo_hinge")):
-        return partial(losses.hinge, beta=beta)
+    keywords = {key: params[key] for key in ("beta", "label_smoothing") if key in params}
+    if name.startswith("dpo_"):
+        free = params.get("reference_free", False)
+        return partial(losses.dpo, **keywords, reference_free=free)
+    if name.startswith("ipo_sum"):
+        return partial(losses.ipo, beta=params["beta"], length_norm=False)
+    if name.startswith("HF"):
+        tau = {"tau": params["discopop_tau"]} if "discopop_tau" in params else {}
+        return partial(OF_LIGER[name.split("_")[0]], **keywords, **tau)
+    if name.startswith("cpo_"):
+        return loss_of_cpo(params)
     return None
+
+
+def loss_of_cpo(params):
+    """TRL's CPO: its alpha is AlphaPO's; only its sigmoid reads the label smoothing."""
+    kind, beta = params["loss_type"], params["beta"]
+    if kind == "sigmoid":
+        return partial(losses.cpo, beta=beta, label_smoothing=params["label_smoothing"])
+    if kind != "simpo":
+        return partial(OF_CPO[kind], beta=beta)
+    gamma, alpha = params["simpo_gamma"], params["alpha"]
+    if alpha:
+        return partial(losses.alpha_po, beta=beta, gamma=gamma, alpha=alpha)
+    return partial(losses.simpo, beta=beta, gamma=gamma)
+
+
+def tolerance_of(case, tolerance):
+    """Liger's EXO took the log of its label smoothing in float32."""
+    return max(tolerance, 1e-7) if "EXO" in case["name"] else tolerance
 
 
 def recorded_inputs(oracles, case):
@@ -72,27 +109,47 @@ def recorded_gradients(case):
 
 @PRECISIONS
 def test_recorded_pair_losses(oracles, dtype, tolerance):
-    seen = 0
+    seen = []
     for case in oracles["sequence_level"]:
         loss = loss_of(case)
         if loss is None:
             continue
+        seen.append(case["name"])
+        within = tolerance_of(case, tolerance)
         with jax.enable_x64(dtype == jnp.float64):
             policy, reference = (jnp.asarray(x, dtype) for x in recorded_inputs(oracles, case))
 
             def values(policy, reference, loss=loss):
-                return loss(Scored(policy, ref_logp_BK=reference))
+                # Length 1: where the record speaks of means per token they stand as they are.
+                length_BK = np.ones(policy.shape, np.int32)
+                return loss(Scored(policy, ref_logp_BK=reference, length_BK=length_BK))
 
             value = values(policy, reference)
             slopes = jax.grad(lambda p, r, f=values: jnp.sum(f(p, r)), argnums=(0, 1))(
                 policy, reference
             )
-        close(value, case["losses"], tolerance, case["name"])
+        close(value, case["losses"], within, case["name"])
         expected = recorded_gradients(case)
         actual = np.concatenate([np.asarray(slope).T for slope in slopes])[: len(expected)]
-        close(actual, expected, tolerance, case["name"])
-        seen += 1
-    assert seen == 27  # 15 of the DPO authors, 4 of Liger, 8 of TRL's CPO
+        close(actual, expected, within, case["name"])
+    # 15 of the DPO authors, 20 of Liger, 14 of TRL's CPO; the rest is KTO and ORPO.
+    others = {case["name"] for case in oracles["sequence_level"]} - set(seen)
+    assert len(seen) == 49
+    assert others == {"kto_kl0.0", "kto_kl2.5", "orpo_odds_ratio_b0.1"}
+
+
+@PRECISIONS
+def test_recorded_orpo(oracles, dtype, tolerance):
+    """TRL adds what it returns with a minus; it was recorded in float32."""
+    (case,) = [each for each in oracles["sequence_level"] if each["name"].startswith("orpo")]
+    sides = ("avg_policy_chosen_logps", "avg_policy_rejected_logps")
+    mean_BK = np.stack([case[side] for side in sides], axis=1)
+    with jax.enable_x64(dtype == jnp.float64):
+        scored = Scored(jnp.asarray(mean_BK, dtype), length_BK=np.ones(mean_BK.shape, np.int32))
+        value = losses.orpo(scored, lam=case["params"]["beta"])
+        log_odds = -jnp.log(jnp.expm1(losses.orpo(scored, lam=1.0)))
+    close(value, -np.array(case["losses"]), max(tolerance, 1e-6))
+    close(np.mean(np.asarray(log_odds)), case["mean_log_odds"], max(tolerance, 1e-6))
 
 
 @PRECISIONS
@@ -118,6 +175,8 @@ def test_recorded_token_level_losses(oracles, dtype, tolerance):
             "DPOTrainer": losses.dpo(scored, beta=0.1),
             "CDPOTrainer": losses.dpo(scored, beta=0.1, label_smoothing=0.1),
             "IPOTrainer": losses.ipo(scored, beta=0.1),
+            # gamma_beta_ratio 0.5 of a beta of 2.
+            "SimPOTrainer": losses.simpo(scored, beta=2.0, gamma=1.0),
         }
     for name, value in actual.items():
         close(value, expected[name], tolerance, name)
@@ -155,6 +214,28 @@ def test_closed_forms_of_pairs(closed_forms):
         close(slope.logp_BK, 0, 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (partial(losses.bco_pair, beta=0.1), "bco_pair_at_zero"),
+        (partial(losses.nca, beta=0.1), "nca_pair_at_zero"),
+        (partial(losses.sppo_hard, beta=0.1), "sppo_hard_at_zero_b0.1"),
+        (partial(losses.apo_zero, beta=0.1), "apo_zero_at_zero"),
+        (partial(losses.apo_down, beta=0.1), "apo_down_at_zero"),
+        (partial(losses.exo, beta=0.1), "exo_pair_at_zero_eps1e-3"),
+        (partial(losses.discopop, beta=0.1), "discopop_at_zero"),
+        (partial(losses.orpo, lam=1.0), "orpo_or_loss_equal_logps"),
+        (partial(losses.simpo, beta=2.0, gamma=0.5), "simpo_equal_avg_logps_gamma0.5"),
+        (partial(losses.simpo, beta=2.0, gamma=1.6), "simpo_equal_avg_logps_gamma1.6"),
+    ],
+)
+def test_closed_forms_where_policy_and_reference_agree(closed_forms, loss, name):
+    with jax.enable_x64(True):
+        logp_BK = jnp.full((1, 2), -12.0)
+        scored = Scored(logp_BK, ref_logp_BK=logp_BK, length_BK=np.full((1, 2), 8, np.int32))
+        close(loss(scored), [closed_forms[name]], 1e-12)
+
+
 def policy_mean(estimate, p, q):
     """E of an estimate over the policy's tokens."""
     return jnp.sum(jnp.exp(p) * estimate(p, q))
@@ -183,6 +264,20 @@ def test_recorded_dpo_of_tunix(vectors):
     for smoothing, expected in zip(inputs["label_smoothing"], entry["expected"], strict=True):
         value = losses.dpo(scored, beta=inputs["beta"], label_smoothing=smoothing)
         np.testing.assert_allclose(value.mean(), expected, **entry["tol"])
+
+
+def test_recorded_orpo_of_tunix(vectors):
+    entry = vectors["tunix_orpo_average_log_prob"]
+    mask = np.array(entry["inputs"]["completion_mask"])
+    logp = np.sum(mask * np.array(entry["inputs"]["per_token_logps"]), axis=1)
+    scored = Scored(logp.reshape(2, 4).T, length_BK=mask.sum(axis=1).reshape(2, 4).T)
+    likelihood = np.mean(losses.nll(scored, per="sequence"))
+    odds = np.mean(losses.orpo(scored, lam=1.0))
+    # Recorded to 6, 4 and 6 decimals; the entry's own tolerance of 1e-4 is looser.
+    close(likelihood, entry["expected"]["sft_loss"], 1e-6)
+    close(odds, entry["expected"]["or_loss"], 3e-5)
+    total = likelihood + entry["inputs"]["lambda_orpo"] * odds
+    close(total, entry["expected"]["loss"], 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,23 @@ def test_fields_of_the_data_stand_in_the_group_slots():
         pack([groups[0], Group(prompt, [answer], label=1.0, margin=0.0)], row_tokens=16)
 
 
+def test_names_of_criteria_stand_beside_the_scores():
+    prompt, answer = np.array([1]), np.array([2, 3])
+    scores, names = np.array([[2.0, 5]]), ("helpfulness", "safety")
+    named = Group(prompt, [answer], scores=scores, criteria=names)
+    batch = pack([named, named], row_tokens=8)
+    assert batch.criteria == names and batch.score_RGKC is not None
+    assert batch.score_RGKC.shape == (1, 2, 1, 2)
+    assert pack([Group(prompt, [answer], scores=scores)], row_tokens=8).criteria == ()
+    assert pack([], row_tokens=8).criteria == ()
+    for other in (("safety", "helpfulness"), (), ("helpfulness",)):
+        odd = Group(prompt, [answer], scores=scores, criteria=other)
+        with pytest.raises(BadInput, match="with the same criteria"):
+            pack([named, odd], row_tokens=16)
+    with pytest.raises(BadInput, match="with the same criteria"):
+        pack([Group(prompt, [answer], scores=scores, criteria=("safety",))], row_tokens=8)
+
+
 def test_empty_rows_hold_padding_only():
     batch = pack([([1], [[2]])], row_tokens=3, rows=2)
     empty = int(np.flatnonzero(batch.record_RG[:, 0] < 0)[0])

@@ -88,6 +88,7 @@ def test_experiment_json_resolves_values_and_digests(dpo):
         "data.source",
         build.read_records("data.source", str(pairs), dpo_jax.run),
         sentiment.tokenizer(),
+        EXPERIMENT.algorithm(build.model(EXPERIMENT)),
     )
     assert stored["data"] == build.data_digest(groups)
     assert stored["data"] != build.data_digest(groups[1:])

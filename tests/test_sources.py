@@ -64,6 +64,45 @@ def test_scores_sort_a_list_but_not_a_pair():
     assert canonical(several, "here:1")["scores"] == [[1, 2], [3, 4]]
 
 
+def test_named_scores_become_lists_with_names_and_change_no_order():
+    listed = {"prompt": "p", "responses": ["a", "b", "c"]}
+    by_name = {"helpfulness": [1, 3, 2], "safety": [0.5, 0, -1]}
+    by_response = [
+        {"helpfulness": 1, "safety": 0.5},
+        {"safety": 0, "helpfulness": 3},
+        {"helpfulness": 2, "safety": -1, "style": None},
+    ]
+    for scores in (by_name, by_name | {"style": None}, by_response):
+        record = canonical(listed | {"scores": scores}, "here:1")
+        assert record["responses"] == ["a", "b", "c"]
+        assert record["criteria"] == ["helpfulness", "safety"]
+        assert record["scores"] == [[1, 0.5], [3, 0], [2, -1]]
+    record = canonical(PAIR | {"scores": {"safety": [1, 2], "helpfulness": [4, 5]}}, "here:1")
+    assert record["responses"] == ["four", "five"]
+    assert (record["criteria"], record["scores"]) == (["safety", "helpfulness"], [[1, 4], [2, 5]])
+    judged = {"prompt": "p", "completion": "a", "scores": {"safety": [1]}}
+    assert canonical(judged, "here:1")["scores"] == [[1]]
+    for none in ({}, {"safety": None}, [{}, {"safety": None}]):
+        assert not canonical(PAIR | {"scores": none}, "here:1").keys() & {"scores", "criteria"}
+    stray = canonical(PAIR | {"scores": [1, 2], "criteria": "mine"}, "here:1")
+    assert "criteria" not in stray and stray["scores"] == [1, 2]
+
+
+def test_named_scores_of_a_parquet_file(tmp_path):
+    """A column of structs or of lists of structs has every field in every row, null where not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        PAIR | {"scores": [{"helpfulness": 5.0}, {"helpfulness": 3.0}]},
+        PAIR | {"scores": [{"helpfulness": 4.0, "safety": None}, {"helpfulness": 1.0}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "prefs.parquet")
+    records, _ = read(tmp_path / "prefs.parquet")
+    assert [record["criteria"] for record in records] == [["helpfulness"]] * 2
+    assert [record["scores"] for record in records] == [[[5], [3]], [[4], [1]]]
+
+
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_all_kinds_of_file_give_the_same_records(tmp_path, kind: str):
     import pyarrow
@@ -132,6 +171,21 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path):
         (line(weight=-1), "weight", "it must be a finite number that is not negative"),
         (line(scores=[1]), "scores", "it must be 2 finite numbers"),
         (line(scores=[1, float("inf")]), "scores", "it must be 2 finite numbers"),
+        (line(scores={"safety": [1]}), "scores.safety", "is a list ([1]); it must be 2 finite"),
+        (line(scores={"safety": 1}), "scores.safety", "is a number (1); it must be 2 finite"),
+        (line(scores={"good": [1, 2], "safety": [1, None]}), "scores.safety", "2 finite numbers"),
+        (line(scores={"safety": [1, float("nan")]}), "scores.safety", "it must be 2 finite"),
+        (line(scores={"safety": [1, True]}), "scores.safety", "it must be 2 finite numbers"),
+        (line(scores={"safety": [{"a": 1}, {"a": 2}]}), "scores.safety", "2 finite numbers"),
+        (line(scores=[{"good": 1, "safety": 2}, {"good": 1}]), "scores[1].safety", "is missing"),
+        (line(scores=[{"good": 1}, {"good": "1"}]), "scores[1].good", "is text ('1')"),
+        (line(scores=[{"good": 1}]), "scores", "holds 1 objects; it must be 2"),
+        (line(scores=[{"good": 1}, 2]), "scores[1]", "is a number (2); it must be an object"),
+        (
+            b'{"prompt": "a", "scores": {"safety": []}}',
+            "scores.safety",
+            "it must be 0 finite numbers",
+        ),
         (
             line(chosen=[{"role": "user", "content": "a"}]),
             "chosen",

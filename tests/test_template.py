@@ -129,6 +129,39 @@ def test_the_fields_of_a_record_reach_its_group():
     np.testing.assert_array_equal(group.scores, [[3.0], [4.0]])
 
 
+def test_named_scores_stand_in_the_order_of_the_first_record():
+    records = [
+        pair("a", "b", "c", scores={"helpfulness": [5, 3], "safety": [1, 2]}),
+        pair(
+            "a", "b", "d", scores=[{"safety": 7, "helpfulness": 8}, {"safety": 0, "helpfulness": 9}]
+        ),
+    ]
+    groups, _ = tokenize(records, words(), row_tokens=64)
+    assert [group.criteria for group in groups] == [("helpfulness", "safety")] * 2
+    np.testing.assert_array_equal(groups[0].scores, [[5, 1], [3, 2]])
+    np.testing.assert_array_equal(groups[1].scores, [[8, 7], [9, 0]])
+    plain, _ = tokenize([pair("a", "b", "c", scores=[1, 2])], words(), row_tokens=64)
+    assert plain[0].criteria == ()
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({"safety": [1, 2]}, "has the criteria safety, prefs.jsonl:12 has helpfulness, safety;"),
+        ([1, 2], "has the criteria without names, prefs.jsonl:12 has helpfulness, safety;"),
+        (
+            {"helpfulness": [1, 2], "honesty": [1, 2]},
+            "has the criteria helpfulness, honesty, prefs.jsonl:12 has helpfulness, safety;",
+        ),
+    ],
+)
+def test_all_records_have_the_same_criteria(scores, said: str):
+    first = pair("a", "b", "c", scores={"helpfulness": [1, 2], "safety": [1, 2]})
+    with pytest.raises(BadInput) as caught:
+        tokenize([first, pair("a", "b", "c", scores=scores)], words(), row_tokens=64)
+    assert f'prefs.jsonl:12: field "scores" {said}' in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("prompt", "chosen", "rejected", "reason"),
     [

@@ -141,11 +141,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_three_responses_and_a_pair_loss_are_refused():
     algorithm = DPO(MODEL)
-    batch = pack(groups(2, responses=3), row_tokens=64)
     with pytest.raises(BadInput, match=r"loss dpo compares 2 responses, the data has 3"):
-        algorithm.objective(
-            OTHER, {}, {}, replace(batch, ref_logp_RN=np.zeros_like(batch.weight_RN)), None
-        )
+        algorithm.prepare(groups(2, responses=3))
 
 
 def test_the_reference_gets_no_gradient_and_stays():

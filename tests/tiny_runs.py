@@ -52,7 +52,7 @@ SFT = Experiment(
 PAIRS = Sampled(
     parent=SFT,
     prompts=partial(sentiment.prompts, n=8, seed=3),
-    reward=words,
+    rewards=(words,),
     annotator=partial(annotators.bradley_terry, temperature=4.0),
     n=3,
     max_tokens=32,

@@ -1,132 +1,246 @@
-"""Offline preference optimisation: any loss of `losses` over the log-probabilities of groups."""
+"""Offline preference optimisation: any loss of `losses` over the log-probabilities of groups.
+
+What the loss declares with `losses.needs` decides what is computed; what cannot be right is
+refused when the algorithm is made or when it meets its data.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import losses
-from dpo_jax.logprobs import per_response, response_lengths, token_logps
-from dpo_jax.structs import Algorithm, Array, BadInput, Batch, Metrics, Model, Params, Scored, join
+from dpo_jax.algorithms import margins
+from dpo_jax.algorithms.batch_statistics import start, updated
+from dpo_jax.algorithms.suitable import suitable
+from dpo_jax.logprobs import per_response, response_lengths, token_logps, token_statistics
+from dpo_jax.losses.needs import name_of, parts_of
+from dpo_jax.structs import (
+    Algorithm,
+    Array,
+    BadInput,
+    Batch,
+    Memory,
+    Metrics,
+    Model,
+    Params,
+    Scored,
+    TrainState,
+    join,
+)
 
 Loss = Callable[[Scored], Array]
+Score = Callable[[Array, Batch], Array]
+Reference = Callable[[Array, Params, Params], Params]
 
 
-def preference(model: Model, *, loss: Loss) -> Algorithm:
+class Plan(NamedTuple):
+    """The plugs of one algorithm and what its loss needs."""
+
+    model: Model
+    loss: Loss
+    score: Score
+    reference: Reference | None
+    needs: losses.Needs
+
+    @property
+    def exact(self) -> bool:
+        """Whether the loss wants KL(reference, policy), so that both heads run side by side."""
+        return "kl_BK" in self.needs.fields
+
+    def anchor(self, frozen: Params, memory: Memory) -> Params:
+        """The weights that the policy is compared with."""
+        return frozen["reference"] if self.reference is None else memory["reference"]
+
+
+def preference(
+    model: Model, *, loss: Loss, score: Score = per_response, reference: Reference | None = None
+) -> Algorithm:
     """DPO and its variants (Rafailov et al. 2305.18290): a loss of policy and reference log-probs.
 
-    loss: Scored -> loss_B, from `dpo_jax.losses` or your own; what it declares with
-    `losses.needs` decides what is computed. The reference is the policy at step 0.
+    loss: Scored -> loss_B, from `dpo_jax.losses` or your own. score: (x_RN, batch) -> x_RGK, how
+    token log-probs of policy and reference become those of responses (`algorithms.scores`).
+    reference: how it moves (`algorithms.reference.soft_update`); None = the policy at step 0.
+    Errors: BadInput for keywords that the loss does not have or lacks, for a moving reference
+    beside a loss without one, for a score of another number of responses; from `prepare` for data
+    that the loss cannot use.
     """
+    _check_keywords(loss)
     needs = losses.needs(loss)
-
-    def init(key: jax.Array, params: Params, frozen: Params):
-        return params, {}
-
-    def collect(state, frozen, batch: Batch, key: jax.Array):
-        if needs.reference:
-            batch = replace(batch, ref_logp_RN=token_logps(model, frozen["reference"], batch))
-        return batch, state.memory
-
-    def measured(batch: Batch) -> Batch:
-        first_RN = jnp.where(batch.slot_RN % batch.end_RGK.shape[2] == 0, batch.weight_RN, 0.0)
-        return replace(
-            batch,
-            weight_RG=losses.measure.token_mean(batch.weight_RG),
-            weight_RN=losses.measure.token_mean(first_RN),
+    if reference is not None and not needs.reference:
+        raise BadInput(
+            f"algorithm.reference={name_of(reference)} has no effect: loss {name_of(loss)} "
+            "compares with no reference; leave it out or take a loss that does"
         )
-
-    def objective(params, frozen, memory, batch: Batch, key) -> tuple[jax.Array, Metrics]:
-        logp_RN = token_logps(model, join(params, frozen), batch)
-        scored = score(batch, logp_RN)
-        _check_responses(loss, needs, scored)
-        tokens_RGK = per_response(batch.weight_RN, batch)
-        by_group = needs.measure == "groups"
-        weight_B = jnp.ravel(batch.weight_RG if by_group else tokens_RGK[:, :, 0])
-        value = weighted(weight_B, loss(scored))
-        return value, {"loss": value, **margins(scored, jnp.ravel(batch.weight_RG), loss)}
-
+    _check_score(loss, needs, score)
+    plan = Plan(model, loss, score, reference, needs)
     return Algorithm(
-        init, collect, measured, objective, fused=True, frozen=("reference",) * needs.reference
+        init=partial(_init, plan),
+        collect=partial(_collect, plan),
+        measure=_measured,
+        objective=partial(_objective, plan),
+        fused=True,
+        frozen=("reference",) if needs.reference and reference is None else (),
+        prepare=partial(suitable, loss, needs),
+        coupled=needs.coupled,
     )
 
 
-def score(batch: Batch, logp_RN: Array) -> Scored:
-    """What a loss may know of a batch whose policy log-probs are given; B = R * G."""
-    B = batch.weight_RG.size
+def _check_keywords(loss: Loss) -> None:
+    """BadInput for a keyword that a loss does not have, and for one that it lacks."""
+    if isinstance(loss, losses.Mix):
+        for _, term in losses.terms(loss):
+            _check_keywords(term)
+        return
+    function, keywords = parts_of(loss)
+    parameters = signature(function).parameters
+    named = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
+    unknown = [name for name in keywords if name not in parameters]
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        takes = ", ".join(named) or "none"
+        raise BadInput(f"loss {name_of(loss)} has no keyword {unknown[0]}: it takes {takes}")
+    missing = [name for name in named if name not in keywords]
+    if missing:
+        raise BadInput(f"loss {name_of(loss)} requires {', '.join(missing)}: give it by `partial`")
+    if callable(keywords.get("loss")):
+        _check_keywords(keywords["loss"])
 
-    def flat(x: Array) -> jax.Array:
-        return jnp.reshape(x, (B, *x.shape[2:]))
 
-    def optional(x: Array | None) -> jax.Array | None:
-        return None if x is None else flat(x)
+def _check_score(loss: Loss, needs: losses.Needs, score: Score) -> None:
+    declared = hasattr(parts_of(score)[0], "needs")
+    wanted, found = losses.needs(score).responses if declared else None, needs.responses
+    if wanted is not None and found is not None and wanted != found:
+        raise BadInput(
+            f"algorithm.score={name_of(score)} compares {wanted} responses, loss {name_of(loss)} "
+            f"reads {found}: take another score, or a loss of {wanted}"
+        )
 
-    ref_logp_RN = batch.ref_logp_RN
+
+def _init(plan: Plan, key: jax.Array, params: Params, frozen: Params) -> tuple[Params, Memory]:
+    memory = start(plan.needs.statistics)
+    if plan.reference is not None:  # a copy: the loop gives the policy's arrays away
+        memory["reference"] = jax.tree.map(jnp.copy, join(params, frozen))
+    return params, memory
+
+
+def _collect(
+    plan: Plan, state: TrainState, frozen: Params, batch: Batch, key: jax.Array
+) -> tuple[Batch, Memory]:
+    """Reference log-probs, and the scalars that belong to the whole step."""
+    model, needs, memory = plan.model, plan.needs, state.memory
+    policy = join(state.params, frozen)
+    if plan.reference is not None:
+        moved = plan.reference(state.step, policy, memory["reference"])
+        memory = {**memory, "reference": moved}
+    if needs.reference and (needs.statistics or not plan.exact):
+        ref_logp_RN = token_logps(model, plan.anchor(frozen, memory), batch)
+        batch = replace(batch, ref_logp_RN=ref_logp_RN)
+    if needs.statistics:
+        groups = _scored(plan, batch, token_logps(model, policy, batch))
+        memory, found = updated(needs.statistics, memory, groups)
+        batch = replace(batch, shared={**batch.shared, **found})
+    return batch, memory
+
+
+def _measured(batch: Batch) -> Batch:
+    """Groups weigh as the data says, tokens of first responses all the same."""
+    first_RN = jnp.where(batch.slot_RN % batch.end_RGK.shape[2] == 0, batch.weight_RN, 0.0)
+    weight_RG = losses.measure.token_mean(batch.weight_RG)
+    batch = replace(batch, weight_RG=weight_RG, weight_RN=losses.measure.token_mean(first_RN))
+    if batch.label_RG is None:
+        return batch
+    desirable = jnp.sum(jnp.where(batch.label_RG > 0.5, weight_RG, 0.0))
+    return replace(batch, shared={**batch.shared, "desirable": desirable})
+
+
+def _objective(
+    plan: Plan, params: Params, frozen: Params, memory: Memory, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """The loss of the batch under its measures, and TRL's metrics."""
+    found = token_statistics(
+        plan.model,
+        join(params, frozen),
+        batch,
+        reference=plan.anchor(frozen, memory) if plan.exact else None,
+        aligned="aligned_BK" in plan.needs.fields,
+    )
+    if found.ref_logp_RN is not None:
+        batch = replace(batch, ref_logp_RN=found.ref_logp_RN)
+    groups = _scored(plan, batch, found.logp_RN)
+    if found.kl_RN is not None:
+        groups = replace(groups, kl_BK=_flat(plan.score(found.kl_RN, batch)))
+    if found.aligned_RN is not None:
+        groups = replace(groups, aligned_BK=_mean(found.aligned_RN, batch))
+    if plan.needs.partner:
+        groups = _first(groups)
+    value = _summed(plan.loss, groups, batch)
+    return value, {"loss": value, **_metrics(plan, groups, batch)}
+
+
+def _flat(x_RG: Array) -> jax.Array:
+    return jnp.reshape(x_RG, (-1, *x_RG.shape[2:]))
+
+
+def _scored(plan: Plan, batch: Batch, logp_RN: Array) -> Scored:
+    """What the loss may know of the groups; B = R * G."""
+
+    def optional(x_RG: Array | None) -> jax.Array | None:
+        return None if x_RG is None else _flat(x_RG)
+
+    def response(x_RN: Array | None) -> jax.Array | None:
+        return None if x_RN is None else _flat(plan.score(x_RN, batch))
+
+    scalars = {statistic.field for statistic in plan.needs.statistics} & batch.shared.keys()
     return Scored(
-        logp_BK=flat(per_response(logp_RN, batch)),
-        ref_logp_BK=None if ref_logp_RN is None else flat(per_response(ref_logp_RN, batch)),
-        length_BK=flat(response_lengths(batch)),
-        mask_BK=flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0)),
-        weight_B=flat(batch.weight_RG),
+        logp_BK=_flat(plan.score(logp_RN, batch)),
+        ref_logp_BK=response(batch.ref_logp_RN),
+        length_BK=_flat(response_lengths(batch)),
+        mask_BK=_flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0)),
+        weight_B=_flat(batch.weight_RG),
         score_BKC=optional(batch.score_RGKC),
         label_B=optional(batch.label_RG),
         soft_label_B=optional(batch.soft_label_RG),
         margin_B=optional(batch.margin_RG),
-        **batch.shared,
+        **{field: batch.shared[field] for field in scalars},
     )
 
 
-def weighted(weight_B: Array, x_B: Array) -> jax.Array:
-    """sum_b weight_b x_b, where what has no weight cannot spoil the sum."""
-    return jnp.sum(jnp.where(weight_B > 0, weight_B * x_B, 0.0))
+def _mean(x_RN: Array, batch: Batch) -> jax.Array:
+    """The mean over the tokens of each response, x_BK, whatever the score is."""
+    return _flat(losses.measure.per_token(per_response(x_RN, batch), response_lengths(batch)))
 
 
-def reward_scale(loss: Loss) -> float | Array:
-    """The factor of the reported rewards: the loss's `beta`, or 1 where it has none."""
-    keywords = loss.keywords if isinstance(loss, partial) else {}
-    parameter = signature(loss).parameters.get("beta")
-    default = (
-        1.0 if parameter is None or parameter.default is parameter.empty else parameter.default
-    )
-    return keywords.get("beta", default)
+def _first(groups: Scored) -> Scored:
+    """The groups without the partners of their responses."""
+    names = ("logp_BK", "ref_logp_BK", "length_BK", "mask_BK", "score_BKC", "kl_BK", "aligned_BK")
+    arrays = {name: getattr(groups, name) for name in names}
+    return replace(groups, **{k: None if x is None else x[:, :1] for k, x in arrays.items()})
 
 
-def margins(scored: Scored, weight_B: Array, loss: Loss) -> Metrics:
-    """TRL's metrics of chosen (first) and rejected (last) responses, each a weighted sum.
+def _summed(loss: Loss, groups: Scored, batch: Batch) -> jax.Array:
+    """Every term of the loss under its own measure."""
+    first_RG = per_response(batch.weight_RN, batch)[:, :, 0]
+    weight_B = {"groups": _flat(batch.weight_RG), "tokens": _flat(first_RG)}
+    total = jnp.zeros(())
+    for coefficient, term in losses.terms(loss):
+        loss_B = term(groups)
+        total += coefficient * margins.weighted(weight_B[losses.needs(term).measure], loss_B)
+    return total
 
-    rewards are beta (log p - log p_ref), or beta log p without a reference (divided by the length
-    where the loss does so); a tie counts 0 in `rewards/accuracies` and 1 in `rewards/ties`.
-    """
-    needs, logp_BK = losses.needs(loss), scored.logp_BK
-    if needs.reference and scored.ref_logp_BK is not None:
-        logp_BK = logp_BK - scored.ref_logp_BK
-    elif "length_BK" in needs.fields and scored.length_BK is not None:
-        logp_BK = losses.measure.per_token(logp_BK, scored.length_BK)
-    reward_BK = jax.lax.stop_gradient(reward_scale(loss) * logp_BK)
-    summed = partial(weighted, weight_B)
-    metrics = {
-        "rewards/chosen": summed(reward_BK[:, 0]),
-        "logps/chosen": summed(scored.logp_BK[:, 0]),
+
+def _metrics(plan: Plan, groups: Scored, batch: Batch) -> Metrics:
+    needs, weight_B = plan.needs, _flat(batch.weight_RG)
+    reward_BK = margins.implicit_rewards(groups, plan.loss)
+    # a part of a split batch adds its share of what belongs to the whole step
+    share = jnp.sum(weight_B)
+    found = {
+        statistic.field: share * batch.shared[statistic.field] for statistic in needs.statistics
     }
-    if reward_BK.shape[1] > 1:
-        margin_B = reward_BK[:, 0] - reward_BK[:, -1]
-        metrics |= {
-            "rewards/rejected": summed(reward_BK[:, -1]),
-            "rewards/margins": summed(margin_B),
-            "rewards/accuracies": summed(jnp.where(margin_B > 0, 1.0, 0.0)),
-            "rewards/ties": summed(jnp.where(margin_B == 0, 1.0, 0.0)),
-            "logps/rejected": summed(scored.logp_BK[:, -1]),
-        }
-    return metrics
-
-
-def _check_responses(loss: Loss, needs: losses.Needs, scored: Scored) -> None:
-    K = scored.logp_BK.shape[1]
-    if needs.responses is not None and K != needs.responses:
-        name = getattr(loss, "func", loss).__name__
-        raise BadInput(
-            f"loss {name} compares {needs.responses} responses, the data has {K} a prompt"
-        )
+    if "label_B" in needs.fields:
+        desirable = batch.shared["desirable"]
+        return found | margins.unpaired_metrics(groups, weight_B, reward_BK, desirable)
+    return found | margins.metrics(groups, weight_B, reward_BK, batch.criteria)

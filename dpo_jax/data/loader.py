@@ -59,9 +59,21 @@ class Loader:
             chunks, limit=LADDER, gain=gain, spare=steps > self.simulated
         )
 
-    def batch(self, step: int) -> Batch:
-        """The packed groups of a step (numpy, raw weights), whatever was asked before."""
-        return self._planner.batch(self.indices(step), self.ladder)
+    def batch(self, step: int, shape: Shape | None = None) -> Batch:
+        """The packed groups of a step (numpy, raw weights), whatever was asked before.
+
+        shape: one that they fit, in place of the smallest of the ladder.
+        """
+        ladder = self.ladder if shape is None else (shape,)
+        return self._planner.batch(self.indices(step), ladder)
+
+    def fits(self, step: int, shape: Shape) -> bool:
+        """Whether a shape holds the groups of a step."""
+        return any(_holds(shape, need) for need, _ in self._planner.needs(self.indices(step)))
+
+    def smallest(self, step: int) -> Shape:
+        """The shape that holds the groups of a step in as few rows as can be."""
+        return self._planner.needs(self.indices(step))[0][0]
 
     def indices(self, step: int) -> np.ndarray:
         """Indices of the step's groups: its stretch of all epochs' permutations on one line."""
@@ -87,6 +99,17 @@ class Loader:
         # Raw bits sorted, because NumPy keeps only the bit streams the same between versions.
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
         return np.argsort(bits.random_raw(len(self.groups)), kind="stable")
+
+
+def alike(loaders: Sequence[Loader], step: int) -> list[Batch]:
+    """The batches of several loaders at one step, all of one shape: the first of their ladders
+    that holds them all, else one made for them."""
+    ladder = sorted({shape for loader in loaders for shape in loader.ladder}, key=_cost)
+    common = (s for s in ladder if all(loader.fits(step, s) for loader in loaders))
+    smallest = [loader.smallest(step) for loader in loaders]
+    own = Shape(*(max(count) for count in zip(*smallest, strict=True)))
+    shape = next(common, own)
+    return [loader.batch(step, shape) for loader in loaders]
 
 
 def sequential(

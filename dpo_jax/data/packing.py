@@ -206,6 +206,7 @@ def lay_out(groups: Sequence[Group], bins: Bins, shape: Shape, *, record_B: Sequ
         label_RG=_column(members, "label", row_B, slot_B, shape),
         soft_label_RG=_column(members, "soft_label", row_B, slot_B, shape),
         margin_RG=_column(members, "margin", row_B, slot_B, shape),
+        criteria=members[0].criteria if members else (),
     )
 
 
@@ -277,10 +278,12 @@ def _scores(
 ) -> np.ndarray | None:
     """The scores (K, C) of every group as an array RGKC, 0 where there is no such response."""
     scores = [group.scores for group in groups if group.scores is not None]
+    named = {group.criteria for group in groups}
+    counts = {score.shape[1] for score in scores} | {len(names) for names in named if names}
+    if (scores and len(scores) < len(groups)) or len(named) > 1 or len(counts) > 1:
+        raise BadInput("scores must be given to all groups, with the same criteria, or to none")
     if not scores:
         return None
-    if len(scores) < len(groups) or len({score.shape[1] for score in scores}) > 1:
-        raise BadInput("scores must be given to all groups, with the same criteria, or to none")
     R, _, _, G, K = shape
     score_RGKC = np.zeros((R, G, K, scores[0].shape[1]), np.float32)
     for r, g, score in zip(row_B, slot_B, scores, strict=True):

@@ -1,13 +1,19 @@
 """Files and functions of preference data to records of one form.
 
 A record is a dict of "prompt" (text), "responses" (texts, best to worst), "where" (file:line) and,
-where the data has them, "label", "scores", "soft_label", "margin" and "weight"; every other field
-is kept as it was. Four forms are read:
+where the data has them, "label", "scores", "criteria", "soft_label", "margin" and "weight"; every
+other field is kept as it was. Four forms are read:
 
     prompt, responses             a list of texts, best to worst, or with scores in any order
     prompt, chosen, rejected      a pair
     prompt, completion            text to imitate, or an unpaired judgement with a label
     prompt                        a prompt to sample on;  text alone is a completion of nothing
+
+Scores are a number per response, a list of numbers per response, or named, and then stand in
+"scores" as such lists and in "criteria" as their names. Named ones change no order:
+
+    {"helpfulness": [5, 3], "safety": [1, 2]}
+    [{"helpfulness": 5, "safety": 1}, {"helpfulness": 3, "safety": 2}]
 
 Faults of structure (not JSON, a missing field, a wrong type) stop with file, line and field, or
 are counted; faults of content (empty, equal, too long) are found in `template`.
@@ -92,7 +98,12 @@ def canonical(raw: Any, where: str) -> Record:
     for name in NUMBERS:
         value = _number(record.pop(name, None), name, where)
         record |= {} if value is None else {name: value}
-    scores = _scores(record.pop("scores", None), len(responses), where)
+    scores = record.pop("scores", None)
+    record.pop("criteria", None)
+    if _is_named(scores):
+        criteria, rows = _named_scores(scores, len(responses), where)
+        return record | ({"scores": rows, "criteria": criteria} if criteria else {})
+    scores = _scores(scores, len(responses), where)
     if scores is None:
         return record
     if "responses" in used and not isinstance(scores[0], list):  # a list may come in any order
@@ -144,7 +155,8 @@ def _checked(text: Any, name: str, where: str) -> str:
 
 def _wrong(value: Any, name: str, where: str, wanted: str) -> _Fault:
     """The fault of a value of another type, or of messages where text is read."""
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+    messages = isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping)
+    if messages and not name.startswith("scores"):
         found = "is a list of messages; conversations are not read yet"
         return _Fault("conversation", f'{where}: field "{name}" {found}, give {wanted}')
     message = f'{where}: field "{name}" is {_kind(value)}; it must be {wanted}'
@@ -176,6 +188,50 @@ def _scores(value: Any, count: int, where: str) -> list[Any] | None:
         return flat
     width = len(nested[0])
     return [flat[start : start + width] for start in range(0, len(flat), width)]
+
+
+def _is_named(value: Any) -> bool:
+    """Whether scores are an object, or a list with objects."""
+    listed = isinstance(value, (list, tuple)) and any(isinstance(each, Mapping) for each in value)
+    return listed or isinstance(value, Mapping)
+
+
+def _named_scores(value: Any, count: int, where: str) -> tuple[list[str], list[list[float]]]:
+    """(criteria, per response a list of one number per criterion); null is the same as no field."""
+    columns = _columns(value, count, where) if not isinstance(value, Mapping) else value
+    columns = {name: column for name, column in columns.items() if column is not None}
+    checked = []
+    for name, column in columns.items():
+        listed = isinstance(column, (list, tuple, np.ndarray))
+        numbers = [_finite(number) for number in column] if listed else []
+        if not count or len(numbers) != count or None in numbers:
+            wanted = f"{count} finite numbers, one per response"
+            raise _wrong(column, f"scores.{name}", where, wanted)
+        checked.append(numbers)
+    return [str(name) for name in columns], [list(row) for row in zip(*checked, strict=True)]
+
+
+def _columns(rows: Sequence[Any], count: int, where: str) -> dict[str, list[float]]:
+    """An object of numbers per response as a list of numbers per criterion."""
+    if len(rows) != count:
+        message = f'{where}: field "scores" holds {len(rows)} objects; it must be {count}'
+        raise _Fault("wrong type", f"{message}, one per response")
+    for k, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise _wrong(row, f"scores[{k}]", where, "an object of a number per criterion")
+    columns: dict[str, list[float]] = {
+        name: [] for row in rows for name, value in row.items() if value is not None
+    }
+    for name, column in columns.items():
+        for k, row in enumerate(rows):
+            if row.get(name) is None:
+                message = f'{where}: field "scores[{k}].{name}" is missing'
+                raise _Fault("missing field", f"{message}; another response has it")
+            number = _finite(row[name])
+            if number is None:
+                raise _wrong(row[name], f"scores[{k}].{name}", where, "a finite number")
+            column.append(number)
+    return columns
 
 
 def _finite(value: Any) -> float | None:

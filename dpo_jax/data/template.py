@@ -40,7 +40,8 @@ def tokenize(
     the K the algorithm needs, None for any. dropped counts by reason: "empty response", "equal
     responses", "too long", "empty after truncation", "equal after truncation". `Group.record` is
     the index in records.
-    Errors: BadInput for another K, a field that only some records have, no usable record.
+    Errors: BadInput for another K, a field or criterion that only some records have, no usable
+    record.
     """
     if truncation not in ("drop", "prompt", "response"):
         raise BadInput(f"data.truncation={truncation!r}; it must be drop, prompt or response")
@@ -50,6 +51,7 @@ def tokenize(
     end = _marker(tokenizer.eos_token_id, "EOS token; set tokenizer.eos_token")
     groups: list[Group] = []
     dropped: Counter[str] = Counter()
+    criteria = tuple(records[0].get("criteria", ()))
     longest = 0
     for index, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
         answers = [_ended(next(bodies), end) for _ in record["responses"]]
@@ -60,7 +62,7 @@ def tokenize(
             dropped[reason] += 1
             longest = max(longest, size if reason == TOO_LONG else 0)
         elif parts is not None:
-            groups.append(_group(record, index, *parts))
+            groups.append(_group(record, index, *parts, criteria))
     if not groups:
         raise BadInput(_nothing_left(records, dropped, row_tokens, longest))
     return groups, dict(dropped)
@@ -151,10 +153,19 @@ def _fault(
     return None
 
 
-def _group(record: Mapping[str, Any], index: int, prompt: Ids, answers: list[Ids]) -> Group:
+def _group(
+    record: Mapping[str, Any],
+    index: int,
+    prompt: Ids,
+    answers: list[Ids],
+    criteria: tuple[str, ...],
+) -> Group:
+    """The group of one record, its scores in the order of `criteria`."""
     scores = record.get("scores")
     if scores is not None:
         scores = np.asarray(scores, np.float32).reshape(len(answers), -1)
+        if criteria:
+            scores = scores[:, [record["criteria"].index(name) for name in criteria]]
     return Group(
         prompt=prompt,
         responses=answers,
@@ -164,13 +175,15 @@ def _group(record: Mapping[str, Any], index: int, prompt: Ids, answers: list[Ids
         margin=record.get("margin"),
         weight=record.get("weight", 1.0),
         record=index,
+        criteria=criteria,
     )
 
 
 def _check(records: Sequence[Mapping[str, Any]], responses: int | None) -> None:
-    """All records have the K that is needed and the same optional fields."""
+    """All records have the K that is needed, the same optional fields and the same criteria."""
     if not records:
         raise BadInput("no records to tokenize; data.source is empty")
+    names = sorted(records[0].get("criteria", ()))
     for record in records:
         count = len(record["responses"])
         if responses is not None and count != responses:
@@ -184,6 +197,13 @@ def _check(records: Sequence[Mapping[str, Any]], responses: int | None) -> None:
             raise BadInput(
                 f'{without["where"]}: field "{odd[0]}" is missing, {with_it["where"]} has it;'
                 f" give it to all records or to none"
+            )
+        if sorted(record.get("criteria", ())) != names:
+            here, there = (", ".join(each.get("criteria", ())) for each in (record, records[0]))
+            raise BadInput(
+                f'{record["where"]}: field "scores" has the criteria {here or "without names"},'
+                f" {records[0]['where']} has {there or 'such without names'}; give all records the"
+                f" same"
             )
 
 

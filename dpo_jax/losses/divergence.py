@@ -31,7 +31,7 @@ def reverse_kl(x: Array) -> jax.Array:
 
 def forward_kl(x: Array) -> jax.Array:
     """s(x) = -exp(-x), the score of KL(reference, policy) (2309.16240 table 1). Shape of x."""
-    return -_exp(-floating(x))
+    return -jnp.exp(bounded(-floating(x)))
 
 
 def jensen_shannon(x: Array) -> jax.Array:
@@ -60,7 +60,7 @@ def alpha_divergence(
     slope = jnp.asarray(alpha, x.dtype) - 1
     limit = slope == 0
     safe = jnp.where(limit, 1, slope)  # the branch not taken must be finite for the gradient
-    return jnp.where(limit, x, _exp(safe * x) / safe)
+    return jnp.where(limit, x, jnp.exp(bounded(safe * x)) / safe)
 
 
 # Estimates of KL(policy, reference) per token, from tokens sampled from the policy; J. Schulman,
@@ -99,7 +99,7 @@ def kl_k3(logp: Array, ref_logp: Array) -> jax.Array:
     """
     d = _log_ratio(logp, ref_logp)
     # expm1 keeps the digits that 1 would swallow near d = 0.
-    return jnp.expm1(jnp.minimum(-d, LARGEST_EXPONENT)) + d
+    return jnp.expm1(bounded(-d)) + d
 
 
 def kl_exact(logp_V: Array, ref_logp_V: Array) -> jax.Array:
@@ -115,8 +115,9 @@ def kl_exact(logp_V: Array, ref_logp_V: Array) -> jax.Array:
     return jnp.sum(jnp.exp(logp_V) * d_V, axis=-1)
 
 
-def _exp(x: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.minimum(x, LARGEST_EXPONENT))
+def bounded(exponent: jax.Array) -> jax.Array:
+    """The exponent up to 80, with gradient 0 beyond."""
+    return jnp.minimum(exponent, LARGEST_EXPONENT)
 
 
 def _log_ratio(logp: Array, ref_logp: Array) -> jax.Array:

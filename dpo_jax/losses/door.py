@@ -16,8 +16,8 @@ def floating(x: Array | float) -> jax.Array:
 def present(scored: Scored, field: str, loss: str) -> jax.Array:
     """`scored.<field>` in float32 or better, of the axes that its last letters name.
 
-    BadInput names field and loss when it is None; AssertionError when an axis is not as long as
-    in `logp_BK`.
+    BadInput names field and loss when it is None; AssertionError when B or K is not as long as
+    in `logp_BK`; C is as long as it is.
     """
     value = getattr(scored, field)
     if value is None:
@@ -26,8 +26,15 @@ def present(scored: Scored, field: str, loss: str) -> jax.Array:
             f"fill it, or take a loss (or a keyword) that does not read it"
         )
     chex.assert_rank(scored.logp_BK, 2, custom_message=f"losses.{loss}: Scored.logp_BK")
-    dims = chex.Dimensions()
-    dims["BK"] = scored.logp_BK.shape
-    letters = field.rsplit("_", 1)[-1]
-    chex.assert_shape(value, dims[letters], custom_message=f"losses.{loss}: Scored.{field}")
+    sizes = dict(zip("BK", scored.logp_BK.shape, strict=True))
+    shape = tuple(sizes.get(letter) for letter in field.rsplit("_", 1)[-1])
+    chex.assert_shape(value, shape, custom_message=f"losses.{loss}: Scored.{field}")
     return floating(value)
+
+
+def statistic(scored: Scored, field: str, loss: str) -> jax.Array:
+    """`scored.<field>`, a scalar of the whole step, without gradient; 0 where it is None."""
+    value = getattr(scored, field)
+    value = jnp.zeros((), floating(scored.logp_BK).dtype) if value is None else floating(value)
+    chex.assert_rank(value, 0, custom_message=f"losses.{loss}: Scored.{field}")
+    return jax.lax.stop_gradient(value)

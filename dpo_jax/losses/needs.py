@@ -3,10 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, overload
+from inspect import signature
+from typing import Any, NamedTuple, TypeVar, overload
+
+from dpo_jax.structs import Array, BadInput, Scored
 
 Loss = Callable[..., Any]
 AnyLoss = TypeVar("AnyLoss", bound=Loss)
+
+
+class Statistic(NamedTuple):
+    """A scalar of the whole step, found under the current policy before the step is split.
+
+    field: the scalar field of `Scored` it fills. value: Scored -> x_B, averaged over the groups by
+    their weights, without gradient. keep: None = the mean over this step; otherwise the mean over
+    all steps so far, 1.0 = every step counts the same, below 1 = the decay of a moving average.
+    partner: value wants, as a second response, that of another prompt.
+    """
+
+    field: str
+    value: Callable[[Scored], Array]
+    keep: float | None = None
+    partner: bool = False
 
 
 @dataclass(frozen=True)
@@ -14,17 +32,28 @@ class Needs:
     """What a loss needs; the defaults are those of an undeclared function.
 
     reference: log-probs under the reference. responses: K, None = any. coupled: a value depends
-    on the other groups of the batch. memory: reads what changes from step to step.
-    measure: the weights its values are summed under; "groups": weight_RG as the data gave them,
-    "tokens": group b by the token measure of its first response. fields: further `Scored` fields.
+    on the other groups of the batch. measure: the weights its values are summed under; "groups":
+    weight_RG as the data gave them, "tokens": group b by the token measure of its first response.
+    fields: further `Scored` fields. statistics: scalars of the whole step; those with `keep` make
+    the train state's memory.
     """
 
     reference: bool = True
     responses: int | None = 2
     coupled: bool = False
-    memory: bool = False
     measure: str = "groups"
     fields: tuple[str, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
+
+    @property
+    def memory(self) -> bool:
+        """Whether it reads what changes from step to step."""
+        return any(statistic.keep is not None for statistic in self.statistics)
+
+    @property
+    def partner(self) -> bool:
+        """Whether every response wants that of another prompt beside it."""
+        return any(statistic.partner for statistic in self.statistics)
 
 
 @overload
@@ -37,9 +66,9 @@ def needs(
     reference: bool = True,
     responses: int | None = 2,
     coupled: bool = False,
-    memory: bool = False,
     measure: str = "groups",
     fields: tuple[str, ...] = (),
+    statistics: tuple[Statistic, ...] = (),
 ) -> Callable[[AnyLoss], AnyLoss]: ...
 
 
@@ -60,17 +89,46 @@ def needs(
     return partial(_declare, rule=rule)
 
 
+def together(parts: list[Needs], name: str) -> Needs:
+    """The needs of a loss made of others. Raises BadInput where they want different K."""
+    counts = {part.responses for part in parts if part.responses is not None}
+    if len(counts) > 1:
+        wanted = " and ".join(map(str, sorted(counts)))
+        raise BadInput(f"losses.{name}: its losses want {wanted} responses; take losses of one K")
+    statistics = {each.field: each for part in parts for each in part.statistics}
+    return Needs(
+        reference=any(part.reference for part in parts),
+        responses=next(iter(counts), None),
+        coupled=any(part.coupled for part in parts),
+        measure=parts[0].measure,
+        fields=tuple(dict.fromkeys(field for part in parts for field in part.fields)),
+        statistics=tuple(statistics.values()),
+    )
+
+
 def _declare(function: AnyLoss, *, rule: Callable[..., Needs]) -> AnyLoss:
     vars(function)["needs"] = rule
     return function
 
 
-def _read(loss: Loss) -> Needs:
-    keywords: dict[str, Any] = {}
+def parts_of(loss: Loss) -> tuple[Loss, dict[str, Any]]:
+    """(function, keywords) of a loss; its defaults among the keywords, those of partials first."""
+    bound: dict[str, Any] = {}
     while isinstance(loss, partial):
-        keywords = {**loss.keywords, **keywords}  # the outer partial wins, as in a call
+        bound = {**loss.keywords, **bound}  # the outer partial wins, as in a call
         loss = loss.func
-    rule = getattr(loss, "needs", None)
-    if rule is None:
-        return Needs()
-    return rule(**{**(getattr(loss, "__kwdefaults__", None) or {}), **keywords})
+    parameters = signature(loss).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return loss, {**defaults, **bound}
+
+
+def name_of(loss: Loss) -> str:
+    """The name of a loss in messages: that of the function inside partials, or of its class."""
+    function, _ = parts_of(loss)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _read(loss: Loss) -> Needs:
+    function, keywords = parts_of(loss)
+    rule = getattr(function, "needs", None)
+    return Needs() if rule is None else rule(**keywords)

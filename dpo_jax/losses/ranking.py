@@ -55,6 +55,32 @@ def plackett_luce(score_BK: Array, mask_BK: Array | None = None) -> jax.Array:
     return jnp.sum(jnp.where(mask_BK[:, :-1], stage_BK, 0), axis=1)
 
 
+def centering(score_BK: Array) -> jax.Array:
+    """What keeps the rewards of a pair around 0, Eisenstein et al. 2312.09244.
+
+        (r_w + r_l)^2
+
+    A pair loss fixes rewards up to a constant of the prompt; a hundredth of this fixes the
+    constant. score_BK: K = 2, chosen first. Returns loss_B.
+    """
+    score_BK = floating(score_BK)
+    chex.assert_shape(score_BK, (None, 2), custom_message="losses.centering takes K = 2")
+    return (score_BK[:, 0] + score_BK[:, 1]) ** 2
+
+
+def regression(score_BK: Array, target_BK: Array) -> jax.Array:
+    """Rewards fitted to scores, as HelpSteer 2311.09528 does.
+
+        sum_k (r_k - target_k)^2
+
+    A sum over the responses of a group, not a mean; any K. Returns loss_B.
+    """
+    score_BK, target_BK = floating(score_BK), floating(target_BK)
+    chex.assert_rank(score_BK, 2)
+    chex.assert_equal_shape([score_BK, target_BK])
+    return jnp.sum((score_BK - target_BK) ** 2, axis=1)
+
+
 def logistic(z_B: Array, label_smoothing: Array | float = 0.0) -> jax.Array:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z) of margins z_B."""
     z_B = floating(z_B)

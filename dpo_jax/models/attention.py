@@ -22,14 +22,15 @@ def dense(
     *,
     offset: jax.Array | int = 0,
 ) -> jax.Array:
-    """Attention that holds every score: out_RTHE in the dtype of v, softmax in float32.
+    """Attention that holds every score: out_RTHE in the dtype of v, softmax in float32 or better.
 
     H query heads share J key/value heads, H / J each. Scale 1 / sqrt(E).
     """
     R, T, H, E = q_RTHE.shape
     J = k_RSJE.shape[2]
     grouped = q_RTHE.reshape(R, T, J, H // J, E)
-    score = jnp.einsum("rtjhe,rsje->rjhts", grouped, k_RSJE, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q_RTHE.dtype, jnp.float32)
+    score = jnp.einsum("rtjhe,rsje->rjhts", grouped, k_RSJE, preferred_element_type=wide)
     mask_RTS = visible(until_RS, T, offset)
     score = jnp.where(mask_RTS[:, None, None], score * E**-0.5, NEVER)
     weight = jax.nn.softmax(score, axis=-1).astype(v_RSJE.dtype)

@@ -11,7 +11,7 @@ from flax import struct
 
 from dpo_jax.models.attention import attention
 from dpo_jax.parallel import constrain
-from dpo_jax.structs import BadInput, Model, Params
+from dpo_jax.structs import BadInput, Model, Params, precise
 
 REMAT = {
     "none": None,
@@ -49,24 +49,29 @@ class Cache:
     index: jax.Array
 
 
+def stored(dtype: Any) -> Any:
+    """The dtype of parameters and logits of a computation in `dtype`: float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32; returns the dtype of x."""
-    x32 = x.astype(jnp.float32)
-    normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normal * jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)).astype(x.dtype)
+    """x / rms(x) * scale over the last axis, in float32 or better; returns the dtype of x."""
+    wide = precise(x)
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normal * jnp.broadcast_to(precise(scale_D), x.shape)).astype(x.dtype)
 
 
 def rotary(positions_RT: jax.Array, E: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of RoPE (Su et al. 2104.09864, eq. 34), float32 (R, T, 1, E / 2)."""
-    frequency = base ** (-jnp.arange(0, E, 2, dtype=jnp.float32) / E)
-    angle = jnp.einsum("rt,e->rte", positions_RT.astype(jnp.float32), frequency)[:, :, None]
+    """cos and sin of RoPE (Su et al. 2104.09864, eq. 34), (R, T, 1, E / 2)."""
+    frequency = base ** (-jnp.arange(0.0, E, 2) / E)
+    angle = jnp.einsum("rt,e->rte", positions_RT.astype(float), frequency)[:, :, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_RTHE: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn the two halves of every head by its position (the layout of Hugging Face's Llama)."""
     cos, sin = turn
-    first, second = jnp.split(x_RTHE.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(precise(x_RTHE), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_RTHE.dtype)
 
@@ -83,7 +88,7 @@ class Block(nn.Module):
         if len(shape) > 1:  # what is summed over: D, or H and E, or F
             fan_in = shape[0] if name[-1] != "D" else math.prod(shape[:-1])
             init = nn.initializers.normal(scale * fan_in**-0.5)
-        return self.param(name, init, shape, jnp.float32).astype(self.dtype)
+        return self.param(name, init, shape, stored(self.dtype)).astype(self.dtype)
 
     @nn.compact
     def __call__(self, carry, layer, turn, until_RS, index):
@@ -94,7 +99,7 @@ class Block(nn.Module):
         k = rotate(jnp.einsum("rtd,dje->rtje", normal, self.weight("k_DJE")), turn)
         v = jnp.einsum("rtd,dje->rtje", normal, self.weight("v_DJE"))
         if cache is not None:
-            start = (layer, 0, index, 0, 0)
+            start = [jnp.int32(i) for i in (layer, 0, index, 0, 0)]
             cache = tuple(
                 jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
                 for all_LRSJE, new in zip(cache, (k, v), strict=True)
@@ -118,10 +123,11 @@ class Decoder(nn.Module):
 
     def setup(self):
         c, init = self.config, nn.initializers.normal(self.config.D**-0.5)
-        self.embed_VD = self.param("embed_VD", init, (c.V, c.D), jnp.float32)
-        self.final_norm_D = self.param("final_norm_D", nn.initializers.ones, (c.D,), jnp.float32)
+        kind = stored(self.dtype)
+        self.embed_VD = self.param("embed_VD", init, (c.V, c.D), kind)
+        self.final_norm_D = self.param("final_norm_D", nn.initializers.ones, (c.D,), kind)
         if not c.tied:
-            self.unembed_DV = self.param("unembed_DV", init, (c.D, c.V), jnp.float32)
+            self.unembed_DV = self.param("unembed_DV", init, (c.D, c.V), kind)
         policy = REMAT[self.remat]
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         scanned: Any = nn.scan
@@ -145,7 +151,9 @@ class Decoder(nn.Module):
         else:
             if isinstance(cache, int):
                 cache = self.empty_cache(tokens_RT.shape[0], cache)
-            seen_RS = jax.lax.dynamic_update_slice(cache.until_RS, until_RT, (0, cache.index))
+            seen_RS = jax.lax.dynamic_update_slice_in_dim(
+                cache.until_RS, until_RT, cache.index, axis=1
+            )
             carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
             (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(
                 carry, layers_L, turn, seen_RS, cache.index
@@ -160,17 +168,19 @@ class Decoder(nn.Module):
         return Cache(k_LRSJE, k_LRSJE, until_RS, jnp.int32(0))
 
     def unembed(self, hidden):
+        wide = stored(self.dtype)
         if self.config.tied:
             table_VD = self.embed_VD.astype(self.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=wide)
         table_DV = self.unembed_DV.astype(self.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, table_DV, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, table_DV, preferred_element_type=wide)
 
 
 def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> Model:
     """The decoder as a Model over a plain dict of float32 parameters named by their axes.
 
-    dtype: of the computation ("float32" or "bfloat16"); softmax, norms and logits are float32.
+    dtype: of the computation, "float32", "bfloat16" or, where JAX_ENABLE_X64 is set, "float64",
+    parameters included; softmax, norms and logits are float32 or better.
     remat: "none", "dots" (keep matrix products) or "full" (recompute every layer).
     `hidden(params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)`; an
     integer cache opens one of that many places, a returned cache continues it.
@@ -180,8 +190,10 @@ def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> M
         raise BadInput(f"model.H={config.H} must be a multiple of model.J={config.J}")
     if config.E % 2:
         raise BadInput(f"model.E={config.E} must be even: RoPE turns pairs")
-    if dtype not in ("float32", "bfloat16"):
-        raise BadInput(f"run.dtype={dtype!r}: float32 and bfloat16 are known")
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise BadInput(f"run.dtype={dtype!r}: float32, bfloat16 and float64 are known")
+    if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise BadInput("run.dtype=float64 wants JAX_ENABLE_X64=1 in the environment")
     if remat not in REMAT:
         raise BadInput(f"run.remat={remat!r}: {', '.join(REMAT)} are known")
     module = Decoder(config, jnp.dtype(dtype), remat)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VOCABULARY",
+    "brevity",
     "completions",
     "entropy",
     "grammatical",
@@ -98,6 +99,12 @@ def reward(records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> np
         ],
         np.float64,
     )
+
+
+def brevity(records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> np.ndarray:
+    """Minus the words of each response, float64 (B,): a criterion at odds with `reward`, which
+    grows with every word of praise."""
+    return np.array([-len(response.split()) for response in responses], np.float64)
 
 
 def legal(records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> np.ndarray:

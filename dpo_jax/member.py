@@ -1,0 +1,137 @@
+"""A run: what it is made of, where it writes, and what it is worth when it ends."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from dpo_jax import build, evaluate, metrics, optim, rundir
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.experiment import Experiment
+from dpo_jax.parallel import shardings
+from dpo_jax.structs import Algorithm, Model, Params, TrainState
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run: where it lies, its policy, and its last evaluation."""
+
+    directory: epath.Path
+    experiment: Experiment
+    model: Model
+    params: Params
+    tokenizer: Any
+    metrics: dict[str, float]
+
+
+def finished(
+    experiment: Experiment, mesh: jax.sharding.Mesh, directory: str | None = None
+) -> Result | None:
+    """A run that was finished before, its weights on the mesh; None where there is none.
+
+    Raises: BadInput where its directory holds something else.
+    """
+    home = rundir.place(experiment, directory)
+    rundir.check(experiment, home)
+    last = rundir.result(experiment, home)
+    if last is None:
+        return None
+    rundir.say(f"{home}: finished before, reused")
+    model = build.model(experiment)
+    params = rundir.load_weights(home, model, mesh)
+    return Result(home, experiment, model, params, build.tokenizer(experiment), last)
+
+
+class Member:
+    """One run of the loop: what it is made of, where it writes, what it was last worth.
+
+    numbers: options of the experiment that the compiled step takes as arguments, by dotted path.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        setup: build.Setup,
+        directory: str | None = None,
+        numbers: dict[str, Any] | None = None,
+    ):
+        options, algorithm = experiment.run, setup.algorithm
+        self.experiment, self.setup, self.numbers = experiment, setup, numbers or {}
+        self.home = rundir.place(experiment, directory)
+        self.updates = algorithm.passes * algorithm.minibatches  # optimizer updates a step
+        self.steps = options.steps * self.updates
+        self.rate = jax.jit(optim.rate(experiment.optim, self.steps))
+        self.checkpoints = Checkpoints(self.home / "checkpoints", keep=options.keep)
+        self.params: Params = None
+        self.last: dict[str, float] = {}
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        tx = optim.transformation(self.experiment.optim, self.steps)
+        return start_state(self.setup.algorithm, tx, self.setup, self.experiment.run.seed)
+
+    def claim(self) -> None:
+        """Make the directory this run's."""
+        digest = build.data_digest(self.setup.loader.groups)
+        rundir.claim(self.experiment, self.home, build.config(self.experiment), digest)
+
+    def measure(self, step: int, state: TrainState) -> None:
+        """Held-out metrics and samples become `last`; the samples are written."""
+        setup, wanted, values = self.setup, self.experiment.evaluation, {}
+        state = replace(state, params=policy(state))
+        if setup.held_out:
+            values |= evaluate.held_out(
+                setup.bind, self.numbers, state, setup.frozen, setup.held_out, setup.mesh
+            )
+        if setup.prompts:
+            start = {} if setup.start is None else {"reference": setup.start}
+            drawn = evaluate.completions(
+                setup.model,
+                state.params,
+                {**setup.frozen, **start},
+                setup.prompts,
+                setup.tokenizer,
+                rewards=wanted.rewards,
+                mesh=setup.mesh,
+                key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
+                n=wanted.samples,
+                max_tokens=wanted.max_tokens,
+                temperature=wanted.temperature,
+            )
+            values |= drawn.metrics()
+            metrics.append_rows(self.home / "samples.jsonl", step, drawn.rows(step))
+        self.last = {f"eval_{name}": value for name, value in values.items()}
+
+    def seal(self, state: TrainState) -> None:
+        """Finish the run with the weights that count."""
+        self.checkpoints.wait()
+        self.params = policy(state)
+        rundir.seal(self.home, self.experiment.run.steps, self.params, self.last)
+
+    def result(self) -> Result:
+        """The finished run."""
+        setup = self.setup
+        return Result(
+            self.home, self.experiment, setup.model, self.params, setup.tokenizer, self.last
+        )
+
+
+def policy(state: TrainState) -> Params:
+    """The weights that count: their moving average where optim.ema keeps one."""
+    average = optim.averaged(state.opt_state)
+    return state.params if average is None else average
+
+
+def start_state(
+    algorithm: Algorithm, tx: optax.GradientTransformation, setup: build.Setup, seed: int
+) -> TrainState:
+    """The state before the first step, every leaf on its shards."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that drew the weights
+    params, memory = algorithm.init(key, setup.params, setup.frozen)
+    places = shardings(setup.mesh, jax.eval_shape(tx.init, params))
+    opt_state = jax.jit(tx.init, out_shardings=places)(params)
+    state = TrainState(jnp.int32(0), params, opt_state, memory, jnp.int32(0))
+    return jax.device_put(state, shardings(setup.mesh, state))

@@ -1,0 +1,228 @@
+"""Many small runs, one figure and one table: what `dpo-jax sweep` does with a `Sweep`."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import jax
+import numpy as np
+from etils import epath
+
+from dpo_jax import rundir
+from dpo_jax.experiment import (
+    Experiment,
+    Sweep,
+    canonical,
+    code_digest,
+    describe,
+    options,
+    with_numbers,
+)
+from dpo_jax.member import Result
+from dpo_jax.structs import BadInput
+from dpo_jax.together import programs, run_all
+from dpo_jax.train import run
+from dpo_jax.values import show as shown
+
+FEW_LINES = 10  # that ten colours tell apart
+MARKERS = "osD^v<>PX*"
+KL = "eval_samples/kl"
+AXES = {
+    KL: "KL(policy, reference) in nats a response",
+    "eval_samples/reward": "true reward",
+}
+REPORTED = ("eval_rewards/accuracies", "eval_samples/length", "eval_samples/finished")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A value over the seeds of a point: mean, standard error of the mean, and how many."""
+
+    mean: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the options: where it lies in the figure, and every metric over its seeds."""
+
+    line: str
+    label: str
+    x: Mean
+    y: Mean
+    metrics: dict[str, Mean]
+
+
+def sweep(chosen: Sweep, *, directory: str) -> epath.Path:
+    """Train the members, write sweep.json and sweep.png to directory, print the table.
+
+    Returns the path of the figure. Raises: BadInput for a metric that no evaluation has, and as
+    `together.run_all`.
+    """
+    home, began = epath.Path(directory), time.monotonic()
+    results = run_all(chosen.members)
+    seconds = time.monotonic() - began
+    points = summary(chosen, results)
+    record = {
+        "name": chosen.name,
+        "x": chosen.x,
+        "y": chosen.y,
+        "runs": len(chosen.members),
+        "programs": len(programs(chosen.members)),
+        "seconds": round(seconds, 1),
+        "code": code_digest(),
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "start": parent_value(chosen),
+        "points": [asdict(point) for point in points],
+        "directories": [str(result.directory) for result in results],
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    rundir.write(home / "sweep.json", json.dumps(record, indent=1) + "\n")
+    figure = home / "sweep.png"
+    draw(figure, chosen, points, start=parent_value(chosen))
+    show(chosen, points)
+    rundir.say(f"{len(results)} runs in {record['programs']} programs, {seconds:.0f} s")
+    print(f"figure: {figure}")
+    return figure
+
+
+def summary(chosen: Sweep, results: Sequence[Result]) -> list[Point]:
+    """The points of a sweep: runs that differ in the seed alone are one."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        group = with_numbers(result.experiment, {"run.seed": 0, "run.dir": None})
+        groups.setdefault(canonical(describe(group)), []).append(result)
+    firsts = [group[0].experiment for group in groups.values()]
+    labels = point_labels(firsts, chosen.x)
+    points = []
+    for label, group in zip(labels, groups.values(), strict=True):
+        names = sorted(set.intersection(*(set(result.metrics) for result in group)))
+        found = {name: _mean(group, name) for name in names if not name.endswith("_se")}
+        x, y = (_coordinate(chosen, axis, group, found) for axis in (chosen.x, chosen.y))
+        points.append(Point(group[0].experiment.name, label, x, y, found))
+    return points
+
+
+def _mean(group: Sequence[Result], name: str) -> Mean:
+    """A metric over the seeds; of one seed alone the error is that of its own evaluation."""
+    values = np.array([result.metrics[name] for result in group])
+    own = group[0].metrics.get(f"{name}_se", 0.0)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else own
+    return Mean(float(values.mean()), float(error), len(values))
+
+
+def _coordinate(chosen: Sweep, axis: str, group: Sequence[Result], found: dict[str, Mean]) -> Mean:
+    if axis in found:
+        return found[axis]
+    value = dict(options(group[0].experiment)).get(axis)
+    if not isinstance(value, int | float):
+        names = ", ".join(sorted(found)) or "none: give it evaluation.source or .prompts"
+        raise BadInput(
+            f"sweep {chosen.name}: {axis} is no metric of {group[0].experiment.name}'s evaluation "
+            f"and no number among its options; metrics: {names}"
+        )
+    return Mean(float(value), 0.0, len(group))
+
+
+def point_labels(experiments: Sequence[Experiment], x: str = "") -> list[str]:
+    """What tells the points of a line apart, as `beta=0.1`: the options that differ within it."""
+    # a function's keywords have paths of their own
+    listed = [{p: shown(getattr(v, "func", v)) for p, v in options(each)} for each in experiments]
+    labels = []
+    for each, own in zip(experiments, listed, strict=True):
+        line = [o for o, e in zip(listed, experiments, strict=True) if e.name == each.name]
+        paths = [p for p in own if len({o.get(p) for o in line}) > 1]
+        short = [p for p in paths if p not in ("run.seed", "run.dir", x)]
+        labels.append(", ".join(f"{p.rpartition('.')[2]}={own[p]}" for p in short))
+    return labels
+
+
+def parent_value(chosen: Sweep) -> float | None:
+    """y of the parent's own last evaluation, on its own prompts; None where they have no one."""
+    parents = {member.parent for member in chosen.members}
+    parent = next(iter(parents)) if len(parents) == 1 else None
+    return run(parent).metrics.get(chosen.y) if isinstance(parent, Experiment) else None
+
+
+def show(chosen: Sweep, points: Sequence[Point]) -> None:
+    """The table: a row a point, its metrics with their standard errors over the seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    samples = {n for p in points for n in p.metrics if n.startswith("eval_samples/")}
+    others = sorted(samples - {chosen.x, chosen.y, *REPORTED})
+    present = [n for n in REPORTED if any(n in p.metrics for p in points)]
+    columns = [n for n in (*others, *present) if n not in (chosen.x, chosen.y)]
+    seeds = max(point.y.count for point in points)
+    table = Table(title=f"{chosen.name}: last evaluation, mean +- standard error, {seeds} seed(s)")
+    table.add_column("run")
+    for column in (chosen.x, chosen.y, *columns):
+        table.add_column(column.removeprefix("eval_").removeprefix("samples/"), justify="right")
+    for p in points:
+        cells = [_text(p.x), _text(p.y), *(_text(p.metrics.get(name)) for name in columns)]
+        table.add_row(f"{p.line} {p.label}".strip(), *cells)
+    Console().print(table)
+
+
+def _text(value: Mean | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value.mean:.3g}" + (f" +- {value.error:.2g}" if value.error else "")
+
+
+def draw(
+    path: epath.Path, chosen: Sweep, points: Sequence[Point], start: float | None = None
+) -> None:
+    """The figure: a line a name through its points in the order of x, with error bars.
+
+    start: y of the policy that all began with, where KL is 0.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    lines = list(dict.fromkeys(point.line for point in points))
+    many = len(lines) > FEW_LINES
+    figure = Figure(figsize=(11, 7) if many else (8, 6), layout="constrained")
+    axes = figure.subplots()
+    colour = colormaps["tab10"]
+    for i, line in enumerate(lines):
+        own = sorted((p for p in points if p.line == line), key=lambda p: p.x.mean)
+        axes.errorbar(
+            [p.x.mean for p in own],
+            [p.y.mean for p in own],
+            xerr=[p.x.error for p in own],
+            yerr=[p.y.error for p in own],
+            color=colour(i % FEW_LINES),
+            marker=MARKERS[i // FEW_LINES % len(MARKERS)],
+            markersize=5,
+            linewidth=1.2,
+            capsize=2,
+            label=line,
+        )
+        for point in own if len(own) > 1 else ():
+            axes.annotate(
+                point.label,
+                (point.x.mean, point.y.mean),
+                fontsize=6,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+    if chosen.x == KL and start is not None:
+        axes.plot(0.0, start, marker="*", markersize=14, linestyle="", color="black", label="start")
+    seeds = max(point.y.count for point in points)
+    axes.set_xlabel(AXES.get(chosen.x, chosen.x))
+    axes.set_ylabel(AXES.get(chosen.y, chosen.y))
+    axes.set_title(chosen.name)
+    axes.grid(alpha=0.3)
+    if many:
+        figure.legend(loc="outside right upper", fontsize="x-small", ncols=2)
+    else:
+        axes.legend(fontsize="small")
+    bars = f"over {seeds} seeds" if seeds > 1 else "of the evaluation's prompts"
+    figure.supxlabel(
+        f"Last evaluation of every run; bars of one standard error {bars}.", fontsize="small"
+    )
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=150)
