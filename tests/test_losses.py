@@ -116,6 +116,37 @@ def test_jit_with_traced_hyperparameters_changes_nothing(row):
     close(compiled, row.actual(arrays), 1e-6)
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.numbers], ids=str)
+def test_vmap_over_hyperparameters_is_one_after_the_other(row):
+    """As a sweep calls them: the hyperparameters are mapped, the data is not."""
+    arrays, factors_M = cast(ARRAYS, jnp.float32), jnp.array([0.5, 1.0, 1.5])
+
+    def scaled(factor):
+        return row.actual(arrays, {name: value * factor for name, value in row.numbers.items()})
+
+    together_MB = jax.vmap(scaled)(factors_M)
+    close(together_MB, np.stack([scaled(factor) for factor in factors_M]), 1e-6)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.scored], ids=str)
+def test_a_batch_over_four_devices_is_the_batch_on_one(row):
+    """Value and gradient where the groups lie on different devices, coupled losses included."""
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=jax.devices()[:4])
+    whole = cast(ARRAYS, jnp.float32)
+
+    def spread(x):
+        axes = ("data",) if x.shape[:1] == (4,) else ()
+        return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+
+    parted = {name: spread(x) for name, x in whole.items()}
+    both = jax.jit(lambda arrays: (row.actual(arrays), gradients(row, arrays)))
+    value, slopes = both(parted)
+    close(value, row.actual(whole), 1e-6)
+    for name, slope in gradients(row, whole).items():
+        close(slopes[name], slope, 1e-6)
+
+
 @each_row
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_far_margins_and_ties_stay_finite_and_right(row, dtype):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dpo_jax import losses
 from dpo_jax.algorithms import margins
 from dpo_jax.algorithms.batch_statistics import start, updated
+from dpo_jax.algorithms.scores import length_normalized
 from dpo_jax.algorithms.suitable import suitable
 from dpo_jax.logprobs import per_response, response_lengths, token_logps, token_statistics
 from dpo_jax.losses.needs import name_of, parts_of
@@ -111,6 +112,11 @@ def _check_keywords(loss: Loss) -> None:
 
 
 def _check_score(loss: Loss, needs: losses.Needs, score: Score) -> None:
+    if parts_of(score)[0] is length_normalized and "length_BK" in needs.fields:
+        raise BadInput(
+            f"algorithm.score={name_of(score)} divides by the length, and so does loss "
+            f"{name_of(loss)}: take one of them"
+        )
     declared = hasattr(parts_of(score)[0], "needs")
     wanted, found = losses.needs(score).responses if declared else None, needs.responses
     if wanted is not None and found is not None and wanted != found:
