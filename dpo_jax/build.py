@@ -1,5 +1,6 @@
 """What the values of an experiment become: tokenizer, model, weights, groups, sampled pairs."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -13,10 +14,12 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import parallel, rundir
-from dpo_jax.data import sources, template
+from dpo_jax.data import conversations, sources, template
+from dpo_jax.data.faults import listed
+from dpo_jax.data.layouts import CONTEXT
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.evaluate import Completions, completions
-from dpo_jax.experiment import Experiment, Sampled, digest, with_numbers
+from dpo_jax.experiment import Data, Experiment, Sampled, digest, with_numbers
 from dpo_jax.metrics import flops_per_token, progress
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
@@ -82,22 +85,29 @@ def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
 
 
 def tokenizer(experiment: Experiment) -> Any:
-    """The tokenizer of data.tokenizer: what a function makes, or read from a folder or name."""
-    made = experiment.data.tokenizer
-    if callable(made):
-        return made()
+    """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
+    what a function makes, or read from a folder or name."""
+    wanted, written = experiment.data.tokenizer, experiment.data.template
+    made = wanted() if callable(wanted) else _pretrained(wanted)
+    if written is not None:
+        made = copy.deepcopy(made)  # a function may give the same one again
+        made.chat_template = conversations.chat_template(written)
+    return made
+
+
+def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(made)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"data.tokenizer={made}: no tokenizer there ({reason})") from None
+        raise BadInput(f"data.tokenizer={name}: no tokenizer there ({reason})") from None
 
 
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
     """Parent and records; `run` trains what is missing among parents and sampled data."""
-    wanted, on_bad = experiment.evaluation, experiment.data.on_bad
+    wanted = experiment.evaluation
     roles = {
         "data.source": experiment.data.source,
         "evaluation.source": wanted.source,
@@ -105,7 +115,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     }
     # what has only to be read comes first: its faults show before a parent is trained
     found = {
-        role: read_records(role, source, run, on_bad)
+        role: read_records(role, source, run, experiment.data)
         for role, source in sorted(roles.items(), key=lambda item: isinstance(item[1], Sampled))
     }
     parent, params = experiment.parent, None
@@ -202,15 +212,21 @@ def _loader(experiment: Experiment, groups: Sequence[Group], mesh: jax.sharding.
     )
 
 
-def read_records(role: str, source: Any, run: Callable[..., Any], on_bad: str = "stop") -> Records:
-    """The records of a source (none for None); sampled ones are made when missing."""
+def read_records(
+    role: str, source: Any, run: Callable[..., Any], data: Data | None = None
+) -> Records:
+    """The records of a source (none for None); sampled ones are made when missing.
+
+    data: whose on_bad and layout count; sampled records are in a layout of their own.
+    """
     if source is None:
         return []
+    options: dict[str, Any] = {} if data is None else {"on_bad": data.on_bad, "layout": data.layout}
     if isinstance(source, Sampled):
-        source = str(sampled_pairs(source, run))
-    found, faults = sources.read(source, on_bad=on_bad)
-    if faults:
-        rundir.say(f"{role}: skipped {_counted(faults)}")
+        source, options["layout"] = str(sampled_pairs(source, run)), None
+    found, skipped = sources.read(source, **options)
+    if skipped:
+        rundir.say(f"{role}: skipped {listed(skipped)}")
     return found
 
 
@@ -234,22 +250,28 @@ def _groups(
 ) -> list[Group]:
     """Groups of one role as the algorithm takes them; what was dropped is said once."""
     data = experiment.data
-    groups, dropped = template.tokenize(
-        found, made, row_tokens=data.row_tokens, truncation=data.truncation
+    groups, counts = template.tokenize(
+        found, made, row_tokens=data.row_tokens, truncation=data.truncation, on_bad=data.on_bad
     )
-    if dropped:
-        rundir.say(f"{role}: {len(groups)} of {len(found)} records kept, {_counted(dropped)}")
-    if data.arrange is not None:
-        groups = data.arrange(groups)
+    if counts:
+        rundir.say(f"{role}: {len(groups)} of {len(found)} records kept, {listed(counts)}")
+    for arrange in data.arrange if isinstance(data.arrange, tuple) else (data.arrange,):
+        if arrange is not None:
+            groups, before = arrange(groups), len({group.record for group in groups})
+            left = len({group.record for group in groups})
+            if left < before:
+                rundir.say(f"{role}: {left} of {before} records kept by {show(arrange)}")
     return algorithm.prepare(groups, data.row_tokens)
 
 
 def data_digest(groups: Sequence[Group]) -> str:
-    """8 hex digits over the token ids of all groups, in order."""
+    """8 hex digits over the token ids of all groups and which of them count, in order."""
     whole = hashlib.sha256()
     for group in groups:
         for ids in (group.prompt, *group.responses):
             whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
+        for mask in group.scored or ():
+            whole.update(mask.tobytes() + b"|")
     return whole.hexdigest()[:8]
 
 
@@ -311,7 +333,8 @@ def labelled(
             if len(kept) < min(2, len(label.order)):
                 continue
             scores = {name: score_BK[i, kept].tolist() for name, score_BK in drawn.rewards.items()}
-            row = {"prompt": record["prompt"], **_form(label, [texts[k] for k in kept])}
+            row = {name: record[name] for name in ("prompt", *CONTEXT) if name in record}
+            row |= _form(label, [texts[k] for k in kept])
             rows.append(row | {"scores": scores} | _said(label, len(kept)))
     return rows
 
@@ -328,7 +351,3 @@ def _said(label: Label, kept: int) -> dict[str, Any]:
     if kept < len(label.order):
         del said["p"]
     return {name: value for name, value in said.items() if value is not None}
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

@@ -251,7 +251,8 @@ def _sample(module: ModuleType, overrides: dict[str, str]) -> None:
     from dpo_jax import build, evaluate, train
     from dpo_jax.experiment import override
 
-    wanted = override(module.EXPERIMENT, overrides).evaluation
+    whole = override(module.EXPERIMENT, overrides)
+    wanted = whole.evaluation
     if wanted.prompts is None:
         raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl")
     own = {path: new for path, new in overrides.items() if not path.startswith("evaluation.")}
@@ -260,7 +261,7 @@ def _sample(module: ModuleType, overrides: dict[str, str]) -> None:
         result.model,
         result.params,
         {},
-        build.read_records("evaluation.prompts", wanted.prompts, train.run),
+        build.read_records("evaluation.prompts", wanted.prompts, train.run, whole.data),
         result.tokenizer,
         rewards=wanted.rewards,
         key=jax.random.key(result.experiment.run.seed),

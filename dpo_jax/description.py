@@ -12,12 +12,12 @@ from typing import Any
 
 from dpo_jax import functions
 from dpo_jax.functions import UNSET
-from dpo_jax.override import Spot, is_record, spots
+from dpo_jax.override import Spot, is_record, spots, untouched
 from dpo_jax.structs import BadInput
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON can hold it, every option spelt out.
+    """A value as JSON can hold it, every option spelt out but for later ones at their defaults.
 
     A frozen dataclass is {"class": "module:name", field: value, ...}. A function is {"function":
     "module:name", keyword: value, ...}, its defaults among them, or the bare name where it has no
@@ -64,7 +64,9 @@ def _described(value: Any, spot: Spot) -> Any:
         return [_described(item, _inside(spot, place)) for place, item in enumerate(value)]
     if is_record(value):
         now = {
-            name: _described(getattr(value, name), at) for name, at in spots(value, spot).items()
+            name: _described(getattr(value, name), at)
+            for name, at in spots(value, spot).items()
+            if not untouched(value, name, at)
         }
         return {"class": _identity(type(value))} | now
     if callable(value):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.loader import sequential
-from dpo_jax.data.template import encode_prompt
+from dpo_jax.data.template import encode_prompts, response_end
 from dpo_jax.logprobs import per_response, token_kls
 from dpo_jax.parallel import row_multiple, shard_batch
 from dpo_jax.sampling import sample
@@ -144,8 +144,8 @@ def completions(
     over the vocabulary at every token of the sampled path, where frozen holds a reference.
     """
     whole = join(params, frozen)
-    prompts = [encode_prompt(record["prompt"], tokenizer) for record in records]
-    eos = tokenizer.eos_token_id
+    prompts = encode_prompts(records, tokenizer)
+    eos = response_end([record["prompt"] for record in records], tokenizer)
     drawn = sample(
         model, whole, prompts, key=key, eos=eos, n=n, max_tokens=max_tokens, temperature=temperature
     )

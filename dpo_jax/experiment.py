@@ -119,20 +119,27 @@ class Sampled(Value):
 class Data(Value):
     """What is trained on: groups a step (over the whole mesh), packed in rows of row_tokens.
 
-    source: a file (.jsonl, .json, .parquet, .gz, .zst), a function () -> records, or `Sampled`.
+    source: a file (.jsonl, .json, .parquet, .gz, .zst), a data set (hub:owner/name:split,
+    tfds:name:split), a function that returns or yields records, or `Sampled`.
     tokenizer: a folder or name for transformers, or a function () -> tokenizer.
+    template: how conversations are written; None = by the tokenizer's own chat template, else a
+    Jinja text, a file of it, or a function () -> text.
+    layout: raw row -> row of a layout that is known, or several: data.layouts.fields renames.
     truncation: what is done to a group longer than a row: dropped, or its prompt or responses cut.
     on_bad: what a record without the fields it needs does: stop the run, or be skipped and counted.
-    arrange: groups -> groups on the host: the views and criterion weightings of data/.
+    arrange: groups -> groups on the host, or several in turn: the views and criterion weightings
+    of data/.
     """
 
     source: Annotated[str | Records | Sampled, INPUTS_0]
     tokenizer: Annotated[str | Callable[[], Any], INPUTS_0]
+    template: Annotated[str | Callable[[], str] | None, INPUTS_0 | {"later": True}] = None
+    layout: Annotated[Callable[..., Any] | None, INPUTS_1 | {"later": True}] = None
     groups: Count = 64
     row_tokens: Annotated[int, {"least": 2}] = 512
     truncation: Literal["drop", "prompt", "response"] = "drop"
     on_bad: Literal["stop", "skip"] = "stop"
-    arrange: Annotated[Callable[..., Any] | None, INPUTS_1] = None
+    arrange: Annotated[Callable[..., Any] | tuple[Callable[..., Any], ...] | None, INPUTS_1] = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import build, rundir
+from dpo_jax.data.layouts import plain
 from dpo_jax.evaluate import completions, mean_and_error
 from dpo_jax.experiment import Experiment, code_digest, options
 from dpo_jax.metrics import progress
@@ -137,7 +138,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
     parent = run(member.parent) if isinstance(member.parent, Experiment) else None
     if parent is None:
         raise BadInput("a frontier wants a parent experiment: its samples are the comparison")
-    prompts = build.read_records("evaluation.prompts", wanted.prompts, run)[:PROMPTS]
+    prompts = build.read_records("evaluation.prompts", wanted.prompts, run, member.data)[:PROMPTS]
     scores = []
     for start in progress(range(0, len(prompts), AT_ONCE), "sample the reference"):
         drawn = completions(
@@ -221,7 +222,7 @@ def compared(curves: Sequence[Curve], best: Curve) -> str:
 def annotator_accuracy(member: Experiment) -> float | None:
     """E[max(p, 1 - p)] over the held-out pairs, the best accuracy their labels allow; None where
     the records do not say with which probability p one was preferred to the other."""
-    found = build.read_records("evaluation.source", member.evaluation.source, run)
+    found = build.read_records("evaluation.source", member.evaluation.source, run, member.data)
     pairs = [row for row in found if len(row["responses"]) == 2 and "soft_label" not in row]
     likely = [max(row["p"], 1 - row["p"]) for row in pairs if "p" in row]
     return float(np.mean(likely)) if likely else None
@@ -272,8 +273,8 @@ def show(rows, shown: Result, label: str, reward: str, figure: epath.Path, verdi
     for column in ("prompt", "before", "after"):
         table.add_column(column)
     for before, after in _pairs_of_samples(shown):
-        cells = (f"{x['response']} [{x[reward]:+.1f}]" for x in (before, after))
-        table.add_row(before["prompt"], *(cell.replace("[", r"\[") for cell in cells))
+        cells = [f"{x['response']} [{x[reward]:+.1f}]" for x in (before, after)]
+        table.add_row(*(cell.replace("[", r"\[") for cell in (plain(before["prompt"]), *cells)))
     console.print(table)
     console.print(f"{verdict}\nfigure: {figure}", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ of its items has options: `algorithm.loss.terms.0.1.beta`. A declaration may add
     needs      the sibling without which it has no effect
     inherited  a value that comes from this sibling where it is None
     parent     True for a run that others start from: its twins elsewhere follow its overrides
+    later      True for a field added later: descriptions, and so digests, leave out its default
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -86,12 +87,20 @@ def with_numbers(value: Any, numbers: Mapping[str, Any]) -> Any:
     return value
 
 
-def options(value: Any) -> list[tuple[str, Any]]:
+def options(value: Any, *, described: bool = False) -> list[tuple[str, Any]]:
     """Every option of a value as (dotted path, value); UNSET where a required keyword has none.
 
     A function stands before its keywords. The options of a parent's twin are left out.
+    described: only those that its description holds.
     """
-    return list(_listed(value, Spot(""), ()))
+    return list(_listed(value, Spot(""), (), described))
+
+
+def untouched(value: Any, name: str, spot: Spot) -> bool:
+    """Whether a field was added later and has its default."""
+    if not spot.extra.get("later"):
+        return False
+    return any(each.name == name and getattr(value, name) == each.default for each in fields(value))
 
 
 def variations(overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -171,7 +180,9 @@ def _now(value: Any, spot: Spot) -> dict[str, Any]:
 # Listing
 
 
-def _listed(value: Any, spot: Spot, parents: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+def _listed(
+    value: Any, spot: Spot, parents: tuple[Any, ...], described: bool = False
+) -> Iterator[tuple[str, Any]]:
     if spot.path and not (is_record(value) and members(spot.kind) == [type(value)]):
         yield spot.path, value
     if spot.extra.get("parent") and any(value == parent for parent in parents):
@@ -179,8 +190,10 @@ def _listed(value: Any, spot: Spot, parents: tuple[Any, ...]) -> Iterator[tuple[
     now, inner = _now(value, spot), spots(value, spot)
     parents = (*parents, *(now[name] for name in inner if inner[name].extra.get("parent")))
     for name, child in inner.items():
+        if described and untouched(value, name, child):
+            continue
         beside = parents[:-1] if child.extra.get("parent") else parents
-        yield from _listed(now[name], child, beside)
+        yield from _listed(now[name], child, beside, described)
 
 
 # Replacing

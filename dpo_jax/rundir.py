@@ -105,9 +105,8 @@ def read(home: epath.Path) -> dict[str, Any]:
 
 def compared_options(experiment: Experiment) -> dict[str, str]:
     """Every option that makes another run of it, as text."""
-    return {
-        path: json.dumps(describe(value)) for path, value in options(experiment) if _compared(path)
-    }
+    found = options(experiment, described=True)
+    return {path: json.dumps(describe(value)) for path, value in found if _compared(path)}
 
 
 def parent_digest(experiment: Experiment) -> str | None:

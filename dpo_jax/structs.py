@@ -7,6 +7,7 @@ The axis letters, one meaning each in the whole repository:
     B groups or sequences once flattened            C criteria
     V vocabulary           D model width            H query heads
     J key/value heads      E head width             F mlp width      L layers
+    P positions
 
 `flax.struct.dataclass` is for what lives on a device, frozen `dataclasses.dataclass` for what
 lives on the host. Argument order everywhere: params, frozen, memory, batch, key.

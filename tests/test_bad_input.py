@@ -82,7 +82,6 @@ def spoilt(**changes: Any) -> Callable[[], None]:
         (lambda: Path("pairs.jsonl").write_text('{"prompt'), ["pairs.jsonl:1: not JSON"]),
         (spoilt(rejected=None), ["pairs.jsonl:2", '"rejected" is missing', "a pair needs"]),
         (spoilt(chosen=3), ["pairs.jsonl:2", '"chosen" is a number (3)', "must be text"]),
-        (spoilt(prompt=None), ["pairs.jsonl:2", '"prompt" is missing']),
         (lambda: write("pairs.jsonl", [1, 2]), ["pairs.jsonl:1: a list", "instead of an object"]),
     ],
 )

@@ -44,6 +44,17 @@ def rows(completions: Completions, annotator: Any) -> list[dict[str, Any]]:
     return json.loads(json.dumps(found, allow_nan=False))
 
 
+def test_samples_of_a_conversation_answer_it():
+    """Prompt and tools stay beside the answers, which are read back as turns of the assistant."""
+    asked = [{"role": "user", "content": "q"}]
+    talk = drawn(list("abcd"))
+    talk.records[0].update(prompt=asked, tools=[{"name": "f"}])
+    first = rows(talk, noiseless)[0]
+    assert first["prompt"] == asked and first["tools"] == [{"name": "f"}]
+    ((record,), _) = read(lambda: [first])
+    assert record["responses"][0] == [{"role": "assistant", "content": "a"}]
+
+
 def test_pairs_carry_all_scores_and_their_probability():
     found = rows(drawn(list("abcd")), noiseless)
     assert len(found) == 6

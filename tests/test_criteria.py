@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dpo_jax.data.criteria import margins, order, soft_labels
+from dpo_jax.data.criteria import margins, order, soft_labels, soft_ties, votes, without_ties
 from dpo_jax.data.packing import pack
 from dpo_jax.structs import BadInput, Group
 
@@ -135,3 +135,55 @@ def test_data_that_cannot_be_weighed_is_refused():
     for plain in (bare, group(SCORES, criteria=())):
         with pytest.raises(BadInput, match="order: the data has no named criteria"):
             order([plain], safety=1)
+
+
+JUDGES = ("ann", "bob", "cyd")
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected", "share"),
+    [
+        ([[1, 1, 1], [0, 0, 0]], [0, 1], 1.0),
+        ([[1, 0, 1], [0, 1, 0]], [0, 1], 2 / 3),
+        ([[0, 0, 1], [1, 1, 0]], [1, 0], 2 / 3),
+        ([[0.5, 0, 0], [0.5, 1, 1]], [1, 0], 5 / 6),
+        ([[0.5, 1, 0], [0.5, 0, 1]], [0, 1], 0.5),
+        ([[9, 2, 0], [8, 1, 5]], [0, 1], 2 / 3),  # a vote is a vote, however clear
+    ],
+)
+def test_votes_are_shares_of_annotators(scores, expected, share: float):
+    (found,) = votes([group(scores, criteria=JUDGES)])
+    assert places(found) == expected and found.soft_label == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tie"),
+    [
+        ({"scores": [[1, 1], [1, 1]]}, True),
+        ({"scores": [[1, 1], [1, 0]]}, False),
+        ({"scores": [[3, 1], [3, 0]], "criteria": ("total", "safety")}, True),
+        ({"scores": [[1], [0]], "criteria": (), "soft_label": 0.5}, True),
+        ({"scores": [[1], [1]], "criteria": ()}, True),
+    ],
+)
+def test_ties_are_soft_or_left_out(fields, tie: bool):
+    pair, sure = group(**fields), group([[1, 1], [0, 0]])
+    soft = soft_ties([pair, sure])
+    assert [each.soft_label for each in soft] == [0.5 if tie else 1.0, 1.0]
+    kept = without_ties([pair, sure])
+    assert len(kept) == 2 - tie and all(each.soft_label is None for each in kept)
+    if tie:
+        with pytest.raises(BadInput, match="without_ties: all of 1 pairs are ties"):
+            without_ties([pair])
+
+
+def test_without_ties_orders_by_what_is_more_likely():
+    unsure = group([[1, 1], [0, 0]], soft_label=0.25)
+    (found,) = without_ties([unsure])
+    assert places(found) == [1, 0] and found.soft_label is None
+    assert soft_ties([unsure])[0].soft_label == 0.25
+    for call in (votes, soft_ties, without_ties):
+        with pytest.raises(BadInput, match="a group of 3 responses is no pair"):
+            call([group(SCORES)])
+    with pytest.raises(BadInput, match='votes: the data has no "scores"'):
+        votes([Group(np.array([1]), [np.array([2]), np.array([3])])])

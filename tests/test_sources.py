@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from dpo_jax.data import sources
 from dpo_jax.data.sources import canonical, read
 from dpo_jax.structs import BadInput
 
@@ -138,8 +141,19 @@ def test_a_function_is_a_source():
         read(reviews)
     records, skipped = read(reviews, on_bad="skip")
     assert len(records) == 1 and skipped == {"missing field": 1}
-    with pytest.raises(BadInput, match="returned a number"):
-        read(cast(Any, lambda: 3))
+    for returned in (3, "text", {"prompt": "p"}):
+        with pytest.raises(BadInput, match=r"returned .*; it must return dicts or yield them"):
+            read(cast(Any, lambda returned=returned: returned))
+
+
+def test_a_function_may_yield():
+    def reviews():
+        for i in range(3):
+            yield PAIR | {"id": i}
+
+    records, _ = read(reviews)
+    assert [record["id"] for record in records] == [0, 1, 2]
+    assert records[2]["where"].endswith("reviews()[2]")
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path):
@@ -153,7 +167,7 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path):
     ("bad", "field", "found"),
     [
         (b'{"prompt": "a", "chosen": "b"}', "rejected", "is missing; a pair needs prompt, chosen"),
-        (b'{"chosen": "b", "rejected": "c"}', "prompt", "is missing; a pair needs prompt, chosen"),
+        (b'{"chosen": "b"}', "rejected", "is missing; a pair needs prompt, chosen"),
         (b'{"question": "a"}', "prompt", "is missing; a record needs"),
         (b'{"prompt": "a", "responses": []}', "responses", "is a list"),
         (b'{"prompt": "a", "responses": ["b", 2]}', "responses[1]", "is a number (2)"),
@@ -186,12 +200,6 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path):
             "scores.safety",
             "it must be 0 finite numbers",
         ),
-        (
-            line(chosen=[{"role": "user", "content": "a"}]),
-            "chosen",
-            "conversations are not read ye",
-        ),
-        (b'{"messages": [{"role": "user"}]}', "messages", "conversations are not read yet"),
         (b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "prompt", "surrogate U+D800"),
         (b'{"prompt": "a\xff", "chosen": "b", "rejected": "c"}', "prompt", "is not UTF-8 at byte"),
         (b'{"prompt": "a", "chosen": "b", "chosen": "c"}', "chosen", "stands twice"),
@@ -246,6 +254,42 @@ def test_files_that_cannot_be_read_are_said(tmp_path):
         read(str(tmp_path / "none.jsonl"))
     with pytest.raises(BadInput, match="it must be stop or skip"):
         read(str(tmp_path / "none.jsonl"), on_bad="warn")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_without_end_fills_no_memory(tmp_path, monkeypatch, kind: str):
+    import zstandard
+
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+    path = tmp_path / f"prefs{kind}"
+    fine = line(chosen="x" * 900)
+    packed = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
+    path.write_bytes(packed[kind](fine + b"\n" + fine))
+    assert len(read(path)[0]) == 2
+    path.write_bytes(packed[kind](fine + b"\n" + line(chosen="x" * 1000) + b"\n"))
+    with pytest.raises(BadInput, match=r":2: the line is longer than 1000 bytes"):
+        read(path, on_bad="skip")
+
+
+def test_hostile_files_take_little_memory(shared):
+    """The most that a process holds grows by less than 48 MB over all of golden/bad_rows."""
+    code = (
+        "import resource, sys\n"
+        "from dpo_jax.data.sources import read\n"
+        "from dpo_jax.structs import BadInput\n"
+        "def held(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = held()\n"
+        "for file in sys.argv[1:]:\n"
+        "    try: read(file)\n"
+        "    except BadInput: pass\n"
+        "print(held() - before)"
+    )
+    files = [str(path) for path in (shared / "golden" / "bad_rows").glob("*.jsonl*")]
+    assert len(files) == 37
+    run = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 48 << 10  # in kB
 
 
 def test_strings_are_never_opened(tmp_path):

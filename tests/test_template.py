@@ -63,9 +63,10 @@ def pair(prompt: str, chosen: str, rejected: str, **fields) -> dict:
 
 def one(record: dict, *, row_tokens: int = 64, truncation: str = "drop") -> list[list[int]]:
     """The single group of a record, as lists of ids."""
-    options = {"row_tokens": row_tokens}
-    ((group,), dropped) = tokenize([record], words(), truncation=truncation, **options)
-    assert dropped == {}
+    ((group,), counts) = tokenize([record], words(), row_tokens=row_tokens, truncation=truncation)
+    assert counts == {"drop": {}, "prompt": {"prompts cut": 1}}.get(
+        truncation, {"responses cut": 1}
+    )
     return [group.prompt.tolist(), *(response.tolist() for response in group.responses)]
 
 
@@ -84,12 +85,12 @@ def test_eos_stands_in_for_a_missing_bos_and_an_empty_prompt_is_not_empty():
         tokenize([pair("a", "b", "c")], words(eos=False), row_tokens=64)
 
 
-def test_a_bos_that_the_text_tokenises_to_is_not_doubled():
+def test_a_word_that_is_the_name_of_bos_makes_none():
     from tokenizers import pre_tokenizers
 
     blanks = words.__wrapped__()
     blanks.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    assert encode_prompt("<bos> a", blanks).tolist() == [BOS, *ids("a")]
+    assert encode_prompt("<bos> a", blanks).tolist() == [BOS, UNKNOWN, UNKNOWN, *ids("a")]
 
 
 def test_text_that_reads_like_control_tokens_stays_text():

@@ -10,6 +10,8 @@ import tiny
 from tiny import groups, relative_error
 
 from dpo_jax.data.packing import pack
+from dpo_jax.experiment import describe, options
+from dpo_jax.models import transformer
 from dpo_jax.models.attention import attention, visible
 from dpo_jax.models.transformer import Config, decoder, rms_norm, rotary, rotate
 from dpo_jax.parallel import letters
@@ -20,10 +22,10 @@ MODEL = decoder(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 
 
-def seen_by_gradient(batch) -> np.ndarray:
+def seen_by_gradient(batch, **options) -> np.ndarray:
     """Which place influences which: the gradient of hidden state t through the embedding of s."""
     R, T = batch.tokens_RT.shape
-    model = decoder(replace(CONFIG, V=R * T))
+    model = decoder(replace(CONFIG, V=R * T, **options))
 
     def hidden(table_VD):
         # every place gets a token of its own, so that the gradient of the table is one of places
@@ -66,18 +68,64 @@ def test_visible_is_the_rule_written_out():
     np.testing.assert_array_equal(visible(jnp.asarray(until_RS), 3, offset=2), expected)
 
 
-def test_attention_against_a_loop_over_queries_and_heads():
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3}, {"softcap": 0.7, "scale": 0.2}, {"window": 1, "softcap": 2.0}]
+)
+def test_attention_against_a_loop_over_queries_and_heads(options):
     rng = np.random.default_rng(0)
     R, T, H, J, E = 2, 6, 4, 2, 8
     q, k, v = (jnp.asarray(rng.normal(size=(R, T, x, E)), jnp.float32) for x in (H, J, J))
     until_RS = np.maximum(rng.integers(1, T + 1, (R, T)), np.arange(1, T + 1)[None, :])
-    out = attention(q, k, v, jnp.asarray(until_RS))
+    positions_RT = rng.integers(0, 3, (R, T)) + np.arange(T)[None, :] // 2
+    both = (jnp.asarray(positions_RT), jnp.asarray(positions_RT))
+    out = attention(q, k, v, jnp.asarray(until_RS), positions=both, **options)
+    scale, cap = options.get("scale", E**-0.5), options.get("softcap", 1e6)
     for r, t, h in np.ndindex(R, T, H):
-        seen = [s for s in range(t + 1) if t < until_RS[r, s]]
-        score = np.array([q[r, t, h] @ k[r, s, h // 2] for s in seen]) / np.sqrt(E)
+        near = positions_RT[r, t] - positions_RT[r] < options.get("window", 99)
+        seen = [s for s in range(t + 1) if t < until_RS[r, s] and near[s]]
+        score = np.array([q[r, t, h] @ k[r, s, h // 2] for s in seen]) * scale
+        score = cap * np.tanh(score / cap)
         weight = np.exp(score - score.max())
         expected = (weight / weight.sum()) @ np.stack([v[r, s, h // 2] for s in seen])
         np.testing.assert_allclose(out[r, t, h], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_window_counts_positions_and_not_places():
+    """Behind a prompt a a a: both responses are as near, though y y stand further away."""
+    batch = pack([([1, 2, 3], [[3, 4], [6, 7]])], row_tokens=7, rows=1)
+    influence_TS = seen_by_gradient(batch, windows=(3, 1))[0, :, 0, :]  # the second adds nothing
+    #             a  a  a  x  x  y  y
+    expected_TS = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1, 0],
+        [0, 0, 1, 0, 0, 1, 1],
+    ]
+    np.testing.assert_array_equal(influence_TS, np.array(expected_TS, bool))
+
+
+def test_layers_that_differ_are_the_same_in_a_loop_and_unrolled(monkeypatch):
+    """Windows and ropes begin anew when they are used up."""
+    config = replace(CONFIG, L=5, windows=(2, 0), ropes=("local", "global", "none"), rope_base=50.0)
+    assert config.of_layers(config.ropes) == ["local", "global", "none", "local", "global"]
+    assert config.of_layers(config.windows) == [2, 0, 2, 0, 2]
+    batch = pack(groups(3, seed=2), row_tokens=32, rows=1)
+
+    def values(unrolled: int):
+        monkeypatch.setattr(transformer, "UNROLLED", unrolled)
+        model = decoder(config)
+        params = model.init(jax.random.key(3))
+
+        def total(params):
+            row = (batch.tokens_RT, batch.positions_RT, batch.until_RT)
+            return jnp.sum(jnp.square(model.hidden(params, *row)[0]))
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    assert relative_error(values(0), values(5)) < 1e-5
 
 
 def test_rope_depends_on_distance_only():
@@ -152,24 +200,51 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
     assert model.unembed(params, hidden).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_name_carries_its_shape(tied):
-    config = Config(V=11, D=6, L=3, H=4, J=2, E=8, F=10, tied=tied)
-    params = decoder(config).init(jax.random.key(0))
+GEMMA = {"norm_offset": 1.0, "norm_place": "both", "qk_norm": "head", "tied": True}
+GPT = {"norm": "layer", "positions": "learned", "P": 5, "gated": False, "tied": False}
+BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(
+    "options", [{"tied": True}, {"tied": False}, GEMMA, GPT | BIASES, BIASES | {"qk_norm": "whole"}]
+)
+def test_every_name_carries_its_shape(options):
+    config = Config(V=11, D=6, L=3, H=4, J=2, E=8, F=10, **options)
+    params = jax.eval_shape(decoder(config).init, jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = letters(path)
         shape = tuple(getattr(config, axis) for axis in axes)
         assert leaf.shape in (shape, (config.L, *shape)), path
-    assert ("unembed_DV" in params) is not tied
+    assert ("unembed_DV" in params) is not config.tied
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"J": 3}, "model.H=4"), ({"E": 5}, "model.E=5")],
+    [
+        ({"J": 3}, "model.H=4"),
+        ({"E": 5}, "model.E=5"),
+        ({"rope_share": 0.1}, "model.rope_share=0.1 of model.E=4"),
+        ({"positions": "learned"}, "model.positions=learned wants model.P"),
+        ({"norm": "batch"}, "model.norm='batch': rms, layer are known"),
+        ({"ropes": ("global", "far")}, "model.ropes='far': global, local, none are known"),
+        ({"windows": ()}, r"model.windows=\(\)"),
+        ({"windows": (-1,)}, r"model.windows=\(-1,\)"),
+        ({"logit_cap": 0.0}, "model.logit_cap=0.0 must be more than 0"),
+    ],
 )
 def test_impossible_architectures_are_named(change, words):
     with pytest.raises(BadInput, match=words):
         decoder(replace(CONFIG, **change))
+
+
+def test_options_added_later_leave_descriptions_alone():
+    """So that a run from before they were there is still the same run."""
+    first = {"V", "D", "L", "H", "J", "E", "F", "rope_base", "norm_eps", "tied"}
+    assert describe(CONFIG).keys() == first | {"class"}
+    changed = replace(CONFIG, windows=(4, 0), rope_scaling=transformer.Scaling("linear", 2.0))
+    assert describe(changed).keys() == first | {"class", "windows", "rope_scaling"}
+    listed, described = (dict(options(changed, described=flag)) for flag in (False, True))
+    assert listed.keys() - described.keys() >= {"norm", "ropes"} and "windows" in described
 
 
 def test_unknown_dtype_and_remat_are_named():

@@ -6,7 +6,8 @@ rows with shared prompts, where TRL laid out eight padded ones.
 
 import gzip
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax import GradientTransformation
-from safetensors.numpy import load_file
 
 from dpo_jax import losses, optim
 from dpo_jax.algorithms.preference import preference
@@ -26,6 +26,7 @@ from dpo_jax.algorithms.sft import sft
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Optim
 from dpo_jax.logprobs import per_response
+from dpo_jax.models import families, hf
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, Batch, Group, Model, Params, TrainState
 from dpo_jax.train import make_update
@@ -88,24 +89,16 @@ class Recorded:
     def batches(self, run: str) -> list[dict[str, Any]]:
         return json.loads(gzip.decompress((self.folder / f"{run}_batches.json.gz").read_bytes()))
 
-    def weights(self, name: str, config: Config) -> Params:
-        return parameters(load_file(self.folder / f"{name}.safetensors"), config)
+    def weights(self, name: str, family: str) -> Params:
+        """The tensors of a file, in a folder with the config.json that describes them."""
+        with tempfile.TemporaryDirectory() as folder:
+            keys = {"model_type": family} | self.values[family]["config"]
+            (Path(folder) / "config.json").write_text(json.dumps(keys))
+            shutil.copy(self.folder / f"{name}.safetensors", Path(folder) / "model.safetensors")
+            return hf.load(folder)[1]
 
-    def architecture(self, name: str) -> tuple[Config, Model]:
-        c = self.values[name]["config"]
-        config = Config(
-            V=c["vocab_size"],
-            D=c["hidden_size"],
-            L=c["num_hidden_layers"],
-            H=c["num_attention_heads"],
-            J=c["num_key_value_heads"],
-            E=c["head_dim"],
-            F=c["intermediate_size"],
-            rope_base=c["rope_parameters"]["rope_theta"],
-            norm_eps=c["rms_norm_eps"],
-            tied=c["tie_word_embeddings"],
-        )
-        return config, compiled(config)
+    def model(self, family: str) -> Model:
+        return compiled(families.read({"model_type": family} | self.values[family]["config"]))
 
 
 @cache
@@ -119,40 +112,6 @@ def compiled(config: Config) -> Model:
 def recorded(shared) -> Recorded:
     folder = shared / "golden" / "trl_traj"
     return Recorded(folder, json.loads((folder / "trajectory.json").read_text()))
-
-
-# Weights: the names of Hugging Face's Llama -> ours. Its matrices are (out, in).
-
-
-def parameters(weights: dict[str, np.ndarray], config: Config) -> Params:
-    heads_out = partial(_split_heads, shape=(config.D, -1, config.E))
-    heads_in = partial(_split_heads, shape=(-1, config.E, config.D))
-
-    def stacked(name: str, turned: Callable[[np.ndarray], np.ndarray] = np.transpose) -> np.ndarray:
-        names = [f"model.layers.{layer}.{name}.weight" for layer in range(config.L)]
-        return np.stack([turned(weights[name]) for name in names])
-
-    layers = {
-        "attention_norm_D": stacked("input_layernorm"),
-        "mlp_norm_D": stacked("post_attention_layernorm"),
-        "q_DHE": stacked("self_attn.q_proj", heads_out),
-        "k_DJE": stacked("self_attn.k_proj", heads_out),
-        "v_DJE": stacked("self_attn.v_proj", heads_out),
-        "o_HED": stacked("self_attn.o_proj", heads_in),
-        "gate_DF": stacked("mlp.gate_proj"),
-        "up_DF": stacked("mlp.up_proj"),
-        "down_FD": stacked("mlp.down_proj"),
-    }
-    head = {} if config.tied else {"unembed_DV": weights["lm_head.weight"].T}
-    return head | {
-        "embed_VD": weights["model.embed_tokens.weight"],
-        "final_norm_D": weights["model.norm.weight"],
-        "layers": layers,
-    }
-
-
-def _split_heads(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return weight.T.reshape(shape)
 
 
 # Batches: padded rows with masks -> groups
@@ -242,42 +201,33 @@ def same_weights(params: Params, expected: Params) -> None:
     assert np.sum(gap > 1e-6) <= 10 and np.max(gap) < 1e-4, np.sort(gap)[-8:]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llama",
-        pytest.param(
-            "qwen3",
-            marks=pytest.mark.skip(reason="models.transformer has no norm of queries and keys yet"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_dpo_trains_as_recorded(recorded, name):
-    config, model = recorded.architecture(name)
+    model = recorded.model(name)
     batches = [pairs(batch) for batch in recorded.batches(name)]
     algorithm = preference(model, loss=DPO)
-    steps, params = replay(algorithm, batches, recorded.weights(f"{name}_init", config))
+    steps, params = replay(algorithm, batches, recorded.weights(f"{name}_init", name))
     names = ("loss", "grad_norm", "learning_rate", "rewards/accuracies", *REWARDS, *LOGPS)
     same_steps(steps, recorded.steps(name), names)
-    same_weights(params, recorded.weights(f"{name}_final", config))
+    same_weights(params, recorded.weights(f"{name}_final", name))
 
 
 def test_sft_trains_as_recorded(recorded):
-    config, model = recorded.architecture("llama")
+    model = recorded.model("llama")
     batches = [texts(batch) for batch in recorded.batches("sft_llama")]
-    steps, params = replay(sft(model), batches, recorded.weights("llama_init", config))
+    steps, params = replay(sft(model), batches, recorded.weights("llama_init", "llama"))
     same_steps(steps, recorded.steps("sft_llama"), ("loss", "grad_norm", "learning_rate"))
-    same_weights(params, recorded.weights("sft_llama_final", config))
+    same_weights(params, recorded.weights("sft_llama_final", "llama"))
 
 
 def test_kto_trains_as_recorded(recorded):
-    config, model = recorded.architecture("llama")
+    model = recorded.model("llama")
     batches = [judged(batch) for batch in recorded.batches("kto_llama")]
     algorithm = preference(model, loss=partial(losses.kto, beta=BETA))
-    steps, params = replay(algorithm, batches, recorded.weights("llama_init", config))
+    steps, params = replay(algorithm, batches, recorded.weights("llama_init", "llama"))
     names = ("loss", "grad_norm", "learning_rate", "kl", *REWARDS, *LOGPS)
     same_steps(steps, recorded.steps("kto_llama"), names)
-    same_weights(params, recorded.weights("kto_llama_final", config))
+    same_weights(params, recorded.weights("kto_llama_final", "llama"))
 
 
 # Losses at fixed weights
@@ -287,8 +237,8 @@ def test_kto_trains_as_recorded(recorded):
 def test_recorded_losses(recorded, name):
     table = recorded.values["llama"]["loss_table"]
     row = next(row for row in table["rows"] if row["name"] == name)
-    config, model = recorded.architecture("llama")
-    policy, reference = (recorded.weights(table[role], config) for role in ("policy", "reference"))
+    model = recorded.model("llama")
+    policy, reference = (recorded.weights(table[role], "llama") for role in ("policy", "reference"))
     batch = pairs(recorded.batches("llama")[table["batch_index"]])
     algorithm = preference(model, loss=TABLE[name], score=SCORES.get(name, per_response))
     tx = optim.sgd(0.0)

@@ -20,6 +20,8 @@ REMEDIES = {
     "margin": "give records one, or data.arrange=data.criteria.margins makes it of scores",
 }
 
+LEFT_OUT = {"label": "", "soft_label": ", as data.arrange=data.criteria.without_ties does"}
+
 
 def suitable(
     loss: Callable, needs: Needs, groups: list[Group], row_tokens: int | None = None
@@ -66,6 +68,7 @@ def _check_columns(name: str, needs: Needs, group: Group) -> None:
             raise BadInput(
                 f"the data has a {column} on every record, which loss {name} does not read: take "
                 f"a loss that does (`dpo-jax losses` lists them) or leave {column} out"
+                f"{LEFT_OUT[column]}"
             )
     if "score_BKC" in needs.fields and len(group.criteria) > 1 and TOTAL not in group.criteria:
         raise BadInput(

@@ -59,6 +59,56 @@ def soft_labels(
     return found
 
 
+def votes(groups: Sequence[Group], /) -> list[Group]:
+    """Pairs by the votes of their criteria, each an annotator who scored both responses.
+
+    A vote is for the response of the higher score, half for each where they are equal. The first
+    has most votes (equal shares keep the order); soft_label is its share.
+    """
+    found = []
+    for group in groups:
+        _check_pair(group, "votes")
+        if group.scores is None:
+            raise BadInput('votes: the data has no "scores" to vote by')
+        gap_C = np.asarray(group.scores[0] - group.scores[1], np.float64)
+        share = float(np.mean((1 + np.sign(gap_C)) / 2))
+        placed = select(group, (0, 1) if share >= 0.5 else (1, 0))
+        found.append(replace(placed, soft_label=max(share, 1 - share)))
+    return found
+
+
+def soft_ties(groups: Sequence[Group], /) -> list[Group]:
+    """Pairs with soft_label 1/2 where they are ties; of the others 1 where it has none."""
+    found = []
+    for group in groups:
+        certain = 1.0 if group.soft_label is None else group.soft_label
+        found.append(replace(group, soft_label=0.5 if _is_tie(group, "soft_ties") else certain))
+    return found
+
+
+def without_ties(groups: Sequence[Group], /) -> list[Group]:
+    """Pairs that are no ties, ordered by their soft_label, which nothing is left of."""
+    found = []
+    for group in groups:
+        if not _is_tie(group, "without_ties"):
+            turned = group.soft_label is not None and group.soft_label < 0.5
+            found.append(replace(select(group, (1, 0) if turned else (0, 1)), soft_label=None))
+    if not found:
+        raise BadInput(f"without_ties: all of {len(groups)} pairs are ties")
+    return found
+
+
+def _is_tie(group: Group, function: str) -> bool:
+    """Whether a pair has soft_label 1/2, or equal scores: in the total, or in every criterion."""
+    _check_pair(group, function)
+    if group.soft_label == 0.5:
+        return True
+    if group.scores is None:
+        return False
+    judged = slice(0, 1) if TOTAL in group.criteria else slice(None)
+    return bool(np.array_equal(group.scores[0, judged], group.scores[1, judged]))
+
+
 def _ordered(group: Group, weights: Mapping[str, float], function: str) -> Group:
     """The group by its weighted sum, which becomes its first criterion."""
     placed = _placed(group, _sum(group, weights, function))

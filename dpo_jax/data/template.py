@@ -1,9 +1,9 @@
-"""Records of text to groups of token ids.
+"""Records to groups of token ids.
 
-Prompt and responses are tokenised apart, so that no token crosses the border, and text never
+Texts: prompt and responses are tokenised apart, so that no token crosses the border, and text never
 makes control tokens: what reads like one in the data is split like any other text. The prompt
 starts with BOS, or EOS where the tokenizer has no BOS; a whole response ends with EOS, a cut one
-does not.
+does not. Conversations are written by the tokenizer's chat template, see `conversations`.
 """
 
 from collections import Counter
@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data.conversations import Chat, Tokens
+from dpo_jax.data.faults import Fault, listed
+from dpo_jax.data.layouts import ASSISTANT, Part, is_conversation
+from dpo_jax.data.tokens import Ids, encoded, end_id, start_id
 from dpo_jax.structs import BadInput, Group
 
-TOO_LONG = "too long"
+EMPTY, TOO_LONG = "empty response", "too long"
+CUT = ("prompts cut", "responses cut")  # reasons that count records which are kept
 FORMS = {
     0: "a prompt alone stands in prompt",
     1: "text to imitate stands in prompt and completion",
     2: "a pair stands in prompt, chosen and rejected",
 }
 FIELDS = ("label", "scores", "soft_label", "margin")  # optional fields that a group takes over
-
-Ids = np.ndarray  # int32, one text
 
 
 def tokenize(
@@ -32,99 +35,112 @@ def tokenize(
     row_tokens: int,
     truncation: str = "drop",
     responses: int | None = None,
+    on_bad: str = "stop",
 ) -> tuple[list[Group], dict[str, int]]:
-    """(groups, dropped): records of `sources.read` as groups that fit a row, and why others do not.
+    """(groups, counts): records of `sources.read` as groups that fit a row, and what became of
+    the others.
 
     tokenizer: a fast tokenizer of transformers. truncation, for a group longer than row_tokens:
     "drop" it, keep the end of the "prompt", or cut the ends of the longest "response"s. responses:
-    the K the algorithm needs, None for any. dropped counts by reason: "empty response", "equal
-    responses", "too long", "empty after truncation", "equal after truncation". `Group.record` is
-    the index in records.
+    the K the algorithm needs, None for any. on_bad: "stop" at a conversation that the chat template
+    cannot write, or "skip" and count it. counts by reason: dropped for "template", "empty
+    response", "equal responses", "too long", "empty after truncation", "equal after truncation";
+    kept with "prompts cut", "responses cut". `Group.record` is the index in records.
     Errors: BadInput for another K, a field or criterion that only some records have, no usable
     record.
     """
     if truncation not in ("drop", "prompt", "response"):
         raise BadInput(f"data.truncation={truncation!r}; it must be drop, prompt or response")
     _check(records, responses)
-    prompts = encode_prompts([record["prompt"] for record in records], tokenizer)
-    bodies = iter(_encoded([text for r in records for text in r["responses"]], tokenizer))
-    end = _marker(tokenizer.eos_token_id, "EOS token; set tokenizer.eos_token")
     groups: list[Group] = []
-    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     criteria = tuple(records[0].get("criteria", ()))
     longest = 0
-    for index, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-        answers = [_ended(next(bodies), end) for _ in record["responses"]]
-        size = len(prompt) + sum(map(len, answers))
-        parts = _fitted(prompt, answers, row_tokens, truncation)
+    for index, (record, found) in enumerate(zip(records, _read(records, tokenizer), strict=True)):
+        if isinstance(found, Fault):
+            empty = any(map(_is_empty, record["responses"]))
+            if on_bad == "stop" and not empty:
+                raise found
+            counts[EMPTY if empty else found.reason] += 1
+            continue
+        size = len(found.prompt) + sum(map(len, found.responses))
+        parts = _fitted(found, row_tokens, truncation)
         reason = _fault(record, parts, cut=size > row_tokens)
         if reason:
-            dropped[reason] += 1
+            counts[reason] += 1
             longest = max(longest, size if reason == TOO_LONG else 0)
         elif parts is not None:
-            groups.append(_group(record, index, *parts, criteria))
+            groups.append(_group(record, index, parts, criteria))
+            if size > row_tokens:
+                counts[CUT[truncation == "response"]] += 1
     if not groups:
-        raise BadInput(_nothing_left(records, dropped, row_tokens, longest))
-    return groups, dict(dropped)
+        raise BadInput(_nothing_left(records, counts, row_tokens, longest))
+    return groups, dict(counts)
 
 
-def encode_prompt(text: str, tokenizer: Any) -> Ids:
-    """The ids of a prompt: BOS (EOS where there is no BOS) once, then the text. Never empty."""
-    return encode_prompts([text], tokenizer)[0]
+def encode_prompt(prompt: Part, tokenizer: Any) -> Ids:
+    """The ids of a prompt. Never empty. Errors: BadInput for one that the template cannot write."""
+    return encode_prompts([{"prompt": prompt, "responses": [], "where": "prompt"}], tokenizer)[0]
 
 
-def encode_prompts(texts: Sequence[str], tokenizer: Any) -> list[Ids]:
-    """`encode_prompt` of many texts in one call, which is faster."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    start = _marker(first, "BOS and no EOS token to start a prompt with; set tokenizer.bos_token")
-    encoded = _encoded(texts, tokenizer)
-    return [ids if start in ids[:1] else np.append(np.int32(start), ids) for ids in encoded]
+def encode_prompts(records: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Ids]:
+    """The ids of the prompts of records in one call, which is faster."""
+    found = _read([{**record, "responses": []} for record in records], tokenizer)
+    for each in found:
+        if isinstance(each, Fault):
+            raise each
+    return [each.prompt for each in found if isinstance(each, Tokens)]
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any) -> list[Ids]:
-    """The ids of the texts alone; special tokens are neither added nor read from the text."""
-    if not texts:
+def response_end(prompts: Sequence[Part], tokenizer: Any) -> int:
+    """The token that ends a response to such prompts: EOS, or what the chat template writes."""
+    chat = bool(prompts) and is_conversation(prompts[0])
+    return Chat(tokenizer).end() if chat else end_id(tokenizer)
+
+
+def _read(records: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Tokens | Fault]:
+    """The tokens of every record: BOS and prompt, responses and EOS, or by the chat template."""
+    talks = [is_conversation(record["prompt"]) for record in records]
+    texts = [record for record, talk in zip(records, talks, strict=True) if not talk]
+    chats = [record for record, talk in zip(records, talks, strict=True) if talk]
+    of_texts = iter(_of_texts(texts, tokenizer))
+    of_chats = iter(Chat(tokenizer).tokens(chats) if chats else ())
+    return [next(of_chats if talk else of_texts) for talk in talks]
+
+
+def _of_texts(records: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Tokens]:
+    if not records:
         return []
-    try:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-    except Exception as error:  # tokenizers raises no narrower one
-        if len(texts) > 1:  # find the text
-            return [_encoded([text], tokenizer)[0] for text in texts]
-        raise BadInput(f"the tokenizer cannot read the text {texts[0][:60]!r} ({error})") from error
-    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    start = start_id(tokenizer)
+    prompts = encoded([record["prompt"] for record in records], tokenizer)
+    bodies = iter(encoded([text for r in records for text in r["responses"]], tokenizer))
+    found = []
+    for record, ids in zip(records, prompts, strict=True):
+        prompt = ids if start in ids[:1] else np.append(np.int32(start), ids)
+        answers = [_ended(next(bodies), tokenizer) for _ in record["responses"]]
+        found.append(Tokens(prompt, answers, [np.ones(len(ids), bool) for ids in answers]))
+    return found
 
 
-def _marker(token: int | None, missing: str) -> int:
-    if token is None:
-        raise BadInput(f"the tokenizer has no {missing}")
-    return token
-
-
-def _ended(ids: Ids, end: int) -> Ids:
+def _ended(ids: Ids, tokenizer: Any) -> Ids:
     """The response with EOS behind it; none for an empty text, which is no response."""
+    end = end_id(tokenizer)
     return ids if len(ids) == 0 or end in ids[-1:] else np.append(ids, np.int32(end))
 
 
-def _fitted(
-    prompt: Ids, answers: list[Ids], row_tokens: int, truncation: str
-) -> tuple[Ids, list[Ids]] | None:
-    """(prompt, responses) cut to a row; None where `truncation` cannot do that."""
+def _fitted(found: Tokens, row_tokens: int, truncation: str) -> Tokens | None:
+    """The tokens cut to a row; None where `truncation` cannot do that."""
+    prompt, answers, scored = found
     lengths = [len(ids) for ids in answers]
     if len(prompt) + sum(lengths) <= row_tokens:
-        return prompt, answers
+        return found
     room = row_tokens - sum(lengths) - 1
     if truncation == "prompt" and room >= 1:  # what starts a prompt stays, then at least one token
-        return np.append(prompt[:1], prompt[-room:]), answers
+        return found._replace(prompt=np.append(prompt[:1], prompt[-room:]))
     room = row_tokens - len(prompt)
     if truncation == "response" and room >= 0:
         longest = _level(lengths, room)
-        return prompt, [ids[:longest] for ids in answers]
+        return Tokens(prompt, [ids[:longest] for ids in answers], [x[:longest] for x in scored])
     return None
 
 
@@ -137,38 +153,40 @@ def _level(lengths: Sequence[int], room: int) -> int:
     return max(lengths, default=0)
 
 
-def _fault(
-    record: Mapping[str, Any], parts: tuple[Ids, list[Ids]] | None, *, cut: bool
-) -> str | None:
+def _fault(record: Mapping[str, Any], parts: Tokens | None, *, cut: bool) -> str | None:
     """Why the content of a record cannot be used; None where it can."""
-    if any(not text.strip() for text in record["responses"]):
-        return "empty response"
+    if any(map(_is_empty, record["responses"])):
+        return EMPTY
     if parts is None:
         return TOO_LONG
-    answers = parts[1]
-    if any(len(ids) == 0 for ids in answers):
-        return "empty after truncation" if cut else "empty response"
-    if len({ids.tobytes() for ids in answers}) < len(answers):
+    if not all(scored.any() for scored in parts.scored):
+        return "empty after truncation" if cut else EMPTY
+    if len({ids.tobytes() for ids in parts.responses}) < len(parts.responses):
         return "equal after truncation" if cut else "equal responses"
     return None
 
 
+def _is_empty(response: Part) -> bool:
+    """Whether a response says nothing: blank text, or turns of the assistant without any."""
+    if isinstance(response, str):
+        return not response.strip()
+    turns = [message for message in response if message["role"] == ASSISTANT]
+    return not any(m.get("content", "").strip() or m.get("tool_calls") for m in turns)
+
+
 def _group(
-    record: Mapping[str, Any],
-    index: int,
-    prompt: Ids,
-    answers: list[Ids],
-    criteria: tuple[str, ...],
+    record: Mapping[str, Any], index: int, parts: Tokens, criteria: tuple[str, ...]
 ) -> Group:
     """The group of one record, its scores in the order of `criteria`."""
     scores = record.get("scores")
     if scores is not None:
-        scores = np.asarray(scores, np.float32).reshape(len(answers), -1)
+        scores = np.asarray(scores, np.float32).reshape(len(parts.responses), -1)
         if criteria:
             scores = scores[:, [record["criteria"].index(name) for name in criteria]]
     return Group(
-        prompt=prompt,
-        responses=answers,
+        prompt=parts.prompt,
+        responses=parts.responses,
+        scored=None if all(mask.all() for mask in parts.scored) else parts.scored,
         scores=scores,
         label=record.get("label"),
         soft_label=record.get("soft_label"),
@@ -214,7 +232,7 @@ def _counted(count: int) -> str:
 def _nothing_left(
     records: Sequence[Mapping[str, Any]], dropped: Counter[str], row_tokens: int, longest: int
 ) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    reasons = listed(dropped)
     advice = ""
     if longest:
         advice = f"; the longest takes {longest} tokens and a row has {row_tokens}"

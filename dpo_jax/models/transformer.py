@@ -1,31 +1,46 @@
-"""One decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, layers under one scan."""
+"""One decoder, configured into GPT-2, NeoX, Llama, Mistral, Qwen, Gemma, OLMo, Phi and SmolLM.
 
-import math
+By default: RMSNorm, RoPE, grouped-query attention, SwiGLU. The layers run under one scan; where
+they differ (windows, rotary bases) the difference is an array along L that is scanned with them.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpo_jax.models.attention import attention
+from dpo_jax.models import rope
+from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
+from dpo_jax.models.rope import Scaling, rotary, rotate
 from dpo_jax.parallel import constrain
-from dpo_jax.structs import BadInput, Model, Params, precise
+from dpo_jax.structs import BadInput, Model, Params
+
+__all__ = ["Cache", "Config", "Scaling", "decoder", "rms_norm", "rotary", "rotate"]
 
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
 UNROLLED = 4  # layers; a loop this short costs more than its compilation saves
+FAR = 2**30  # the window of a layer without one, where others have one
+
+T_ = TypeVar("T_")
+Later = Annotated[T_, {"later": True}]  # an option added later: its default leaves digests alone
+Rope = Literal["global", "local", "none"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """A decoder's architecture; the letters are those of the axis glossary."""
+    """A decoder's architecture; the letters are those of the axis glossary.
+
+    windows and ropes say something of every layer and begin anew when they are used up: Gemma 3 is
+    windows=(512, 512, 512, 512, 512, 0), ropes=("local",) * 5 + ("global",).
+    """
 
     V: int  # vocabulary
     D: int  # model width
@@ -37,6 +52,48 @@ class Config:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True  # the head is the embedding
+    P: Later[int] = 0  # positions it was made for, the rows of a learned table; 0 = not known
+    family: Later[str] = "llama"  # the model_type that it is exported as
+    positions: Later[Literal["rope", "learned"]] = "rope"
+    rope_share: Later[float] = 1.0  # how much of a head turns
+    rope_scaling: Later[Scaling | None] = None  # of the global rope
+    local_rope_base: Later[float] = 10_000.0
+    ropes: Later[tuple[Rope, ...]] = ("global",)
+    windows: Later[tuple[int, ...]] = (0,)  # positions a layer sees, its own among them; 0 = all
+    norm: Later[Literal["rms", "layer"]] = "rms"  # layer: mean taken off, scale and bias
+    norm_offset: Later[float] = 0.0  # added to the scales of the norms (Gemma: 1)
+    norm_place: Later[Literal["before", "after", "both"]] = "before"  # of attention and mlp
+    qk_norm: Later[Literal["none", "head", "whole"]] = "none"  # of queries and keys
+    parallel: Later[bool] = False  # attention and mlp read the same x
+    gated: Later[bool] = True  # down(act(gate) * up), else down(act(up))
+    activation: Later[Literal["silu", "gelu", "gelu_tanh", "relu"]] = "silu"
+    qkv_bias: Later[bool] = False
+    o_bias: Later[bool] = False
+    mlp_bias: Later[bool] = False
+    scaled_embedding: Later[bool] = False  # embeddings times sqrt(D)
+    score_width: Later[float | None] = None  # scores are divided by its root; None = E
+    score_cap: Later[float | None] = None  # cap * tanh(score / cap)
+    logit_cap: Later[float | None] = None
+
+    def __post_init__(self) -> None:
+        for name in ("ropes", "windows"):  # what JSON made of tuples and of a Scaling
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
+
+    @property
+    def turned(self) -> int:
+        """How many places of a head RoPE turns."""
+        return int(self.E * self.rope_share)
+
+    def of_layers(self, values: Sequence[Any]) -> list[Any]:
+        """One value a layer."""
+        return [values[layer % len(values)] for layer in range(self.L)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The ropes that are used; a layer's is known by its place here."""
+        return sorted(set(self.of_layers(self.ropes))) if self.positions == "rope" else []
 
 
 @struct.dataclass
@@ -46,72 +103,8 @@ class Cache:
     k_LRSJE: jax.Array
     v_LRSJE: jax.Array
     until_RS: jax.Array
+    position_RS: jax.Array
     index: jax.Array
-
-
-def stored(dtype: Any) -> Any:
-    """The dtype of parameters and logits of a computation in `dtype`: float32 or better."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32 or better; returns the dtype of x."""
-    wide = precise(x)
-    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normal * jnp.broadcast_to(precise(scale_D), x.shape)).astype(x.dtype)
-
-
-def rotary(positions_RT: jax.Array, E: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of RoPE (Su et al. 2104.09864, eq. 34), (R, T, 1, E / 2)."""
-    frequency = base ** (-jnp.arange(0.0, E, 2) / E)
-    angle = jnp.einsum("rt,e->rte", positions_RT.astype(float), frequency)[:, :, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_RTHE: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the two halves of every head by its position (the layout of Hugging Face's Llama)."""
-    cos, sin = turn
-    first, second = jnp.split(precise(x_RTHE), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_RTHE.dtype)
-
-
-class Block(nn.Module):
-    """One layer of the scan; the cache of all layers is carried, so that it is written in place."""
-
-    config: Config
-    dtype: Any
-
-    def weight(self, name: str, scale: float = 1.0) -> jax.Array:
-        shape = tuple(getattr(self.config, axis) for axis in name.rpartition("_")[2])
-        init = nn.initializers.ones
-        if len(shape) > 1:  # what is summed over: D, or H and E, or F
-            fan_in = shape[0] if name[-1] != "D" else math.prod(shape[:-1])
-            init = nn.initializers.normal(scale * fan_in**-0.5)
-        return self.param(name, init, shape, stored(self.dtype)).astype(self.dtype)
-
-    @nn.compact
-    def __call__(self, carry, layer, turn, until_RS, index):
-        c, residual = self.config, (2 * self.config.L) ** -0.5
-        x_RTD, cache = carry
-        normal = rms_norm(x_RTD, self.weight("attention_norm_D"), c.norm_eps)
-        q = rotate(jnp.einsum("rtd,dhe->rthe", normal, self.weight("q_DHE")), turn)
-        k = rotate(jnp.einsum("rtd,dje->rtje", normal, self.weight("k_DJE")), turn)
-        v = jnp.einsum("rtd,dje->rtje", normal, self.weight("v_DJE"))
-        if cache is not None:
-            start = [jnp.int32(i) for i in (layer, 0, index, 0, 0)]
-            cache = tuple(
-                jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
-                for all_LRSJE, new in zip(cache, (k, v), strict=True)
-            )
-            k, v = (all_LRSJE[layer] for all_LRSJE in cache)
-        seen = attention(q, k, v, until_RS, offset=index)
-        x_RTD = x_RTD + jnp.einsum("rthe,hed->rtd", seen, self.weight("o_HED", residual))
-        normal = rms_norm(x_RTD, self.weight("mlp_norm_D"), c.norm_eps)
-        gate = jax.nn.silu(jnp.einsum("rtd,df->rtf", normal, self.weight("gate_DF")))
-        up = jnp.einsum("rtd,df->rtf", normal, self.weight("up_DF"))
-        x_RTD = x_RTD + jnp.einsum("rtf,fd->rtd", gate * up, self.weight("down_FD", residual))
-        return (constrain(x_RTD, "R--"), cache), None
 
 
 class Decoder(nn.Module):
@@ -122,12 +115,17 @@ class Decoder(nn.Module):
     remat: str
 
     def setup(self):
-        c, init = self.config, nn.initializers.normal(self.config.D**-0.5)
-        kind = stored(self.dtype)
-        self.embed_VD = self.param("embed_VD", init, (c.V, c.D), kind)
-        self.final_norm_D = self.param("final_norm_D", nn.initializers.ones, (c.D,), kind)
+        c, kind = self.config, stored(self.dtype)
+        draw, zeros = nn.initializers.normal(c.D**-0.5), nn.initializers.zeros
+        ones = nn.initializers.constant(1 - c.norm_offset)
+        self.embed_VD = self.param("embed_VD", draw, (c.V, c.D), kind)
+        self.final_norm_D = self.param("final_norm_D", ones, (c.D,), kind)
+        if c.norm == "layer":
+            self.final_norm_bias_D = self.param("final_norm_bias_D", zeros, (c.D,), kind)
+        if c.positions == "learned":
+            self.position_PD = self.param("position_PD", draw, (c.P, c.D), kind)
         if not c.tied:
-            self.unembed_DV = self.param("unembed_DV", init, (c.D, c.V), kind)
+            self.unembed_DV = self.param("unembed_DV", draw, (c.D, c.V), kind)
         policy = REMAT[self.remat]
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         scanned: Any = nn.scan
@@ -135,45 +133,110 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=c.L,
             unroll=c.L if c.L <= UNROLLED else 1,
         )(c, self.dtype)
 
     def __call__(self, tokens_RT, positions_RT, until_RT, cache=None):
+        turns = [self.turn(kind, positions_RT) for kind in self.config.kinds]
+        x_RTD = self.embed(tokens_RT, positions_RT)
+        if cache is None:
+            shared = Shared(turns, until_RT, positions_RT, positions_RT, 0)
+            (x_RTD, _), _ = self.layers((x_RTD, None), self.each_layer(), shared)
+            return self.final_norm(x_RTD), None
+        if isinstance(cache, int):
+            cache = self.empty_cache(tokens_RT.shape[0], cache)
+        until_RS, position_RS = (
+            jax.lax.dynamic_update_slice_in_dim(all_RS, new_RT, cache.index, axis=1)
+            for all_RS, new_RT in ((cache.until_RS, until_RT), (cache.position_RS, positions_RT))
+        )
+        shared = Shared(turns, until_RS, positions_RT, position_RS, cache.index)
+        carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
+        (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(carry, self.each_layer(), shared)
+        index = cache.index + tokens_RT.shape[1]
+        return self.final_norm(x_RTD), Cache(k_LRSJE, v_LRSJE, until_RS, position_RS, index)
+
+    def turn(self, kind: str, positions_RT: jax.Array) -> rope.Turn:
         c = self.config
+        if kind == "none":
+            return rope.still(positions_RT, c.turned)
+        if kind == "local":
+            return rotary(positions_RT, c.turned, c.local_rope_base)
+        return rotary(positions_RT, c.turned, c.rope_base, c.rope_scaling)
+
+    def each_layer(self) -> Layer:
+        c = self.config
+        ropes = [c.kinds.index(kind) for kind in c.of_layers(c.ropes)] if c.kinds else []
+        windows = [window or FAR for window in c.of_layers(c.windows)]
+        return Layer(
+            jnp.arange(c.L),
+            jnp.array(windows, jnp.int32) if min(windows) < FAR else None,
+            jnp.array(ropes, jnp.int32) if len(c.kinds) > 1 else None,
+        )
+
+    def embed(self, tokens_RT: jax.Array, positions_RT: jax.Array) -> jax.Array:
         # the gather wants the table whole along D: fsdp shards are fetched, not the activations
         table_VD = constrain(self.embed_VD, "V-").astype(self.dtype)
-        x_RTD = constrain(jnp.take(table_VD, tokens_RT, axis=0), "R--")
-        turn, layers_L = rotary(positions_RT, c.E, c.rope_base), jnp.arange(c.L)
-        if cache is None:
-            (x_RTD, _), _ = self.layers((x_RTD, None), layers_L, turn, until_RT, 0)
-        else:
-            if isinstance(cache, int):
-                cache = self.empty_cache(tokens_RT.shape[0], cache)
-            seen_RS = jax.lax.dynamic_update_slice_in_dim(
-                cache.until_RS, until_RT, cache.index, axis=1
-            )
-            carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
-            (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(
-                carry, layers_L, turn, seen_RS, cache.index
-            )
-            cache = Cache(k_LRSJE, v_LRSJE, seen_RS, cache.index + tokens_RT.shape[1])
-        return rms_norm(x_RTD, self.final_norm_D, c.norm_eps), cache
+        x_RTD = jnp.take(table_VD, tokens_RT, axis=0)
+        if self.config.scaled_embedding:
+            x_RTD = x_RTD * jnp.asarray(self.config.D**0.5, x_RTD.dtype)
+        if self.config.positions == "learned":
+            table_PD = constrain(self.position_PD, "--").astype(self.dtype)
+            x_RTD = x_RTD + jnp.take(table_PD, positions_RT, axis=0)  # NaN behind the last one
+        return constrain(x_RTD, "R--")
+
+    def final_norm(self, x_RTD: jax.Array) -> jax.Array:
+        scale, bias = self.final_norm_D, None
+        if self.config.norm == "layer":
+            bias = self.final_norm_bias_D
+        if self.config.norm_offset:
+            scale = scale + self.config.norm_offset
+        return norm(x_RTD, scale, bias, self.config.norm_eps)
 
     def empty_cache(self, rows: int, places: int) -> Cache:
         c = self.config
         k_LRSJE = jnp.zeros((c.L, rows, places, c.J, c.E), self.dtype)
-        until_RS = jnp.zeros((rows, places), jnp.int32)
-        return Cache(k_LRSJE, k_LRSJE, until_RS, jnp.int32(0))
+        none_RS = jnp.zeros((rows, places), jnp.int32)
+        return Cache(k_LRSJE, k_LRSJE, none_RS, none_RS, jnp.int32(0))
 
     def unembed(self, hidden):
         wide = stored(self.dtype)
         if self.config.tied:
             table_VD = self.embed_VD.astype(self.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=wide)
-        table_DV = self.unembed_DV.astype(self.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, table_DV, preferred_element_type=wide)
+            logits = jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=wide)
+        else:
+            table_DV = self.unembed_DV.astype(self.dtype)
+            logits = jnp.einsum("...d,dv->...v", hidden, table_DV, preferred_element_type=wide)
+        return capped(logits, self.config.logit_cap)
+
+
+def check(c: Config) -> None:
+    """Raises BadInput for an architecture that cannot be, by the name of the option."""
+    if c.H % c.J:
+        raise BadInput(f"model.H={c.H} must be a multiple of model.J={c.J}")
+    hints = get_type_hints(Config)
+    named = {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}
+    for name, known in (named | {"ropes": get_args(Rope)}).items():
+        value = getattr(c, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each not in known:
+                raise BadInput(f"model.{name}={each!r}: {', '.join(known)} are known")
+    if c.positions == "learned":
+        if c.P < 1:
+            raise BadInput("model.positions=learned wants model.P, the rows of the table")
+    elif not 1 <= c.turned <= c.E:
+        raise BadInput(f"model.rope_share={c.rope_share} of model.E={c.E}: turn a part of a head")
+    elif c.turned + c.turned % 2 > c.E:
+        raise BadInput(f"model.E={c.E} must be even: RoPE turns pairs")
+    if c.rope_scaling is not None:
+        rope.check(c.rope_scaling, c.turned)
+    if not c.ropes or min(c.windows, default=-1) < 0:
+        raise BadInput(f"model.ropes={c.ropes}, model.windows={c.windows}: one value or more each")
+    for name in ("score_width", "score_cap", "logit_cap"):
+        value = getattr(c, name)
+        if value is not None and value <= 0:
+            raise BadInput(f"model.{name}={value} must be more than 0")
 
 
 def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> Model:
@@ -186,10 +249,7 @@ def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> M
     integer cache opens one of that many places, a returned cache continues it.
     Raises: BadInput for heads that do not divide, an odd head width, unknown dtype or remat.
     """
-    if config.H % config.J:
-        raise BadInput(f"model.H={config.H} must be a multiple of model.J={config.J}")
-    if config.E % 2:
-        raise BadInput(f"model.E={config.E} must be even: RoPE turns pairs")
+    check(config)
     if dtype not in ("float32", "bfloat16", "float64"):
         raise BadInput(f"run.dtype={dtype!r}: float32, bfloat16 and float64 are known")
     if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]

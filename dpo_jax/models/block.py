@@ -1,0 +1,172 @@
+"""A layer of the decoder, and the norms and products it is made of."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import attention
+from dpo_jax.models.rope import Turn, rotate
+from dpo_jax.parallel import constrain
+from dpo_jax.structs import precise
+
+if TYPE_CHECKING:
+    from dpo_jax.models.transformer import Config
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Shared(NamedTuple):
+    """What all layers read: the turns of `Config.kinds`, and where queries and keys stand."""
+
+    turns: list[Turn]
+    until_RS: jax.Array
+    position_RT: jax.Array
+    position_RS: jax.Array
+    index: jax.Array | int
+
+
+class Layer(NamedTuple):
+    """What is scanned; None where all layers are alike."""
+
+    index_L: jax.Array
+    window_L: jax.Array | None
+    rope_L: jax.Array | None
+
+
+def stored(dtype: Any) -> Any:
+    """The dtype of parameters and logits of a computation in `dtype`: float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32 or better; returns the dtype of x."""
+    return norm(x, scale_D, None, eps)
+
+
+def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Over the axes of `scale`, the last ones, in float32 or better; returns the dtype of x.
+
+    x / rms(x) * scale (RMSNorm, 1910.07467), or with a bias (x - mean) / std * scale + bias
+    (LayerNorm, 1607.06450).
+    """
+    wide, axes = precise(x), tuple(range(-scale.ndim, 0))
+    if bias is not None:
+        wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+    normal = normal * jnp.broadcast_to(precise(scale), x.shape)
+    if bias is not None:
+        normal = normal + jnp.broadcast_to(precise(bias), x.shape)
+    return normal.astype(x.dtype)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap); x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+class Block(nn.Module):
+    """One layer of the scan; the cache of all layers is carried, so that it is written in place.
+
+    Parameters are made from their names: the letters at the end are the shape.
+    """
+
+    config: "Config"
+    dtype: Any
+
+    def leaf(self, name: str, init: Callable[..., jax.Array]) -> jax.Array:
+        shape = tuple(getattr(self.config, axis) for axis in name.rpartition("_")[2])
+        return self.param(name, init, shape, stored(self.dtype)).astype(self.dtype)
+
+    def weight(self, name: str, scale: float = 1.0) -> jax.Array:
+        axes = name.rpartition("_")[2]  # what is summed over: D, or H and E, or F
+        summed = axes[:1] if axes[-1] != "D" else axes[:-1]
+        fan_in = math.prod(getattr(self.config, axis) for axis in summed)
+        return self.leaf(name, nn.initializers.normal(scale * fan_in**-0.5))
+
+    def norm(self, x: jax.Array, name: str, axes: str = "D") -> jax.Array:
+        c = self.config
+        scale = self.leaf(f"{name}_{axes}", nn.initializers.constant(1 - c.norm_offset))
+        bias = None
+        if c.norm == "layer":
+            bias = self.leaf(f"{name}_bias_{axes}", nn.initializers.zeros)
+        scale = precise(scale) + c.norm_offset if c.norm_offset else scale
+        return norm(x, scale, bias, c.norm_eps)
+
+    def product(self, equation: str, x: jax.Array, name: str, bias: bool) -> jax.Array:
+        """x times a weight; what writes to the residual stream starts small."""
+        small = (2 * self.config.L) ** -0.5 if name[-1] == "D" else 1.0
+        y = jnp.einsum(equation, x, self.weight(name, small))
+        if not bias:
+            return y
+        stem, _, axes = name.rpartition("_")
+        axes = axes[1:] if axes[-1] != "D" else "D"
+        return y + jnp.broadcast_to(
+            self.leaf(f"{stem}_bias_{axes}", nn.initializers.zeros), y.shape
+        )
+
+    def attend(self, x_RTD, cache, layer: Layer, shared: Shared):
+        c = self.config
+        q = self.product("rtd,dhe->rthe", x_RTD, "q_DHE", c.qkv_bias)
+        k = self.product("rtd,dje->rtje", x_RTD, "k_DJE", c.qkv_bias)
+        v = self.product("rtd,dje->rtje", x_RTD, "v_DJE", c.qkv_bias)
+        if c.qk_norm != "none":
+            whole = c.qk_norm == "whole"
+            q = self.norm(q, "q_norm", "HE" if whole else "E")
+            k = self.norm(k, "k_norm", "JE" if whole else "E")
+        if shared.turns:
+            turn = shared.turns[0]
+            if layer.rope_L is not None:
+                turn = jax.tree.map(lambda *kinds: jnp.stack(kinds)[layer.rope_L], *shared.turns)
+            q, k = rotate(q, turn), rotate(k, turn)
+        if cache is not None:
+            start = [jnp.int32(i) for i in (layer.index_L, 0, shared.index, 0, 0)]
+            cache = tuple(
+                jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
+                for all_LRSJE, new in zip(cache, (k, v), strict=True)
+            )
+            k, v = (all_LRSJE[layer.index_L] for all_LRSJE in cache)
+        seen = attention(
+            q,
+            k,
+            v,
+            shared.until_RS,
+            offset=shared.index,
+            window=layer.window_L,
+            positions=(shared.position_RT, shared.position_RS),
+            softcap=c.score_cap,
+            scale=(c.score_width or c.E) ** -0.5,
+        )
+        return self.product("rthe,hed->rtd", seen, "o_HED", c.o_bias), cache
+
+    def mlp(self, x_RTD):
+        c = self.config
+        act, first = ACTIVATIONS[c.activation], "gate_DF" if c.gated else "up_DF"
+        wide_RTF = act(self.product("rtd,df->rtf", x_RTD, first, c.mlp_bias))
+        if c.gated:
+            wide_RTF = wide_RTF * self.product("rtd,df->rtf", x_RTD, "up_DF", c.mlp_bias)
+        return self.product("rtf,fd->rtd", wide_RTF, "down_FD", c.mlp_bias)
+
+    @nn.compact
+    def __call__(self, carry, layer: Layer, shared: Shared):
+        c = self.config
+        x_RTD, cache = carry
+
+        def before(x, name):
+            return self.norm(x, f"{name}_norm") if c.norm_place != "after" else x
+
+        def after(y, name):
+            return self.norm(y, f"after_{name}_norm") if c.norm_place != "before" else y
+
+        seen, cache = self.attend(before(x_RTD, "attention"), cache, layer, shared)
+        seen_RTD = x_RTD + after(seen, "attention")
+        made = self.mlp(before(x_RTD if c.parallel else seen_RTD, "mlp"))
+        return (constrain(seen_RTD + after(made, "mlp"), "R--"), cache), None
