@@ -214,23 +214,21 @@ def draw(
     for i, line in enumerate(lines):
         own = sorted((p for p in points if p.line == line), key=lambda p: p.x.mean)
         name = f"{i + 1} {line}" if many else line
-        style = {
-            "color": colormaps["tab10"](i % FEW_LINES),
-            "marker": MARKERS[i // FEW_LINES % len(MARKERS)],
-        }
+        colour, marker = colormaps["tab10"](i % FEW_LINES), MARKERS[i // FEW_LINES % len(MARKERS)]
         x, y = [p.x.mean for p in own], [p.y.mean for p in own]
-        errors = {"xerr": [p.x.error for p in own], "yerr": [p.y.error for p in own]}
-        axes.errorbar(x, y, **errors, fmt="none", ecolor=style["color"], linewidth=0.8, alpha=0.6)
-        axes.plot(x, y, **style, markersize=5, linewidth=1.2, label=name)
+        x_error, y_error = [p.x.error for p in own], [p.y.error for p in own]
+        axes.errorbar(x, y, y_error, x_error, fmt="none", ecolor=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
         for point in own:
-            text = str(i + 1) if many else point.label
+            option = chosen.x not in point.metrics  # then the axis says what the point is
+            text = str(i + 1) if many else point.label * (not option)
             place = (point.x.mean, point.y.mean)
             axes.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
     if start is not None:
         axes.plot(0.0, start, marker="*", markersize=14, linestyle="", color="black", label="start")
     seeds = max(point.y.count for point in points)
-    axes.set_xlabel(AXES.get(chosen.x, chosen.x))
-    axes.set_ylabel(AXES.get(chosen.y, chosen.y))
+    axes.set_xlabel(AXES.get(chosen.x, chosen.x.removeprefix("eval_samples/")))
+    axes.set_ylabel(AXES.get(chosen.y, chosen.y.removeprefix("eval_samples/")))
     axes.set_title(chosen.name)
     axes.grid(alpha=0.3)
     if many:

@@ -22,7 +22,7 @@ EXPERIMENT = replace(
     data=replace(DPO.data, source=RANKED, arrange=views.pairs, groups=64, row_tokens=96),
     run=Run(steps=60, log_every=10),
     evaluation=Evaluation(
-        prompts=partial(sentiment.prompts, n=512, seed=5),
+        prompts=partial(sentiment.prompts, n=256, seed=5),
         rewards=(sentiment.reward, sentiment.legal),
         max_tokens=32,
     ),
