@@ -84,6 +84,18 @@ def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
     return decoder(architecture, dtype=dtype, remat=remat)
 
 
+def trained_shapes(experiment: Experiment) -> Params:
+    """Shapes of what a run trains: the decoder's weights and the heads that its algorithm adds."""
+    decoder_model = model(experiment)
+    algorithm = experiment.algorithm(decoder_model)
+
+    def trained(key: jax.Array) -> Params:
+        params = decoder_model.init(key)
+        return algorithm.init(key, params, {name: params for name in algorithm.frozen})[0]
+
+    return jax.eval_shape(trained, jax.random.key(0))
+
+
 def tokenizer(experiment: Experiment) -> Any:
     """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
     what a function makes, or read from a folder or name."""
@@ -122,13 +134,37 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     if isinstance(parent, Experiment):
         params = run(parent).params
     elif parent is not None:
-        params = rundir.load_weights(epath.Path(parent), model(experiment), mesh(experiment))
+        params = _stored(experiment, epath.Path(parent))
     return Materials(
-        params=params,
+        params=None if params is None else _inherited(experiment, params),
         data=found["data.source"],
         held_out=found["evaluation.source"],
         prompts=found["evaluation.prompts"],
     )
+
+
+def _stored(experiment: Experiment, home: epath.Path) -> Params:
+    """The weights of a parent that is a path: those of this run's model, and heads beside them."""
+    run, architecture = experiment.run, Config(**rundir.read(home)["model"])
+    init, key = _decoder(architecture, run.dtype, run.remat).init, jax.random.key(0)
+    heads = rundir.heads(home, jax.eval_shape(init, key))
+    shapes = jax.eval_shape(model(experiment).init, key)
+    return rundir.load_weights(home, {**shapes, **heads}, mesh(experiment))
+
+
+def _inherited(experiment: Experiment, params: Params) -> Params:
+    """A parent's weights as this run stores them, without the heads that it does not train."""
+    wanted = trained_shapes(experiment)
+    others = sorted(params.keys() - wanted.keys())
+    if others:
+        rundir.say(
+            f"{experiment.name}: starts without {', '.join(others)} of its parent, which "
+            f"{show(experiment.algorithm)} does not train"
+        )
+    kept = {name: params[name] for name in wanted if name in params}
+    shapes = {name: wanted[name] for name in kept}
+    # the dtype of a parent may be another
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), kept, shapes)
 
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
@@ -190,13 +226,10 @@ def reseeded(
 
 def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Params:
     """The parent's weights, or those that run.seed draws, on the mesh."""
-    init = model(experiment).init
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    places = parallel.shardings(mesh, shapes)
     if given.params is not None:
-        # a parent in another dtype is read as this run stores its weights
-        placed = jax.device_put(given.params, places)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), placed, shapes)
+        return jax.device_put(given.params, parallel.shardings(mesh, given.params))
+    init = model(experiment).init
+    places = parallel.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
 
 

@@ -179,6 +179,11 @@ class Checkpoints:
         """Steps with a manifest that names them and whose files are all there, ascending."""
         return sorted(step for step, folder in self._found() if _is_whole(folder, step))
 
+    def leaves(self) -> dict[str, str]:
+        """What the newest whole checkpoint holds, `float32[2,3]` by the path of the leaf."""
+        whole = [(step, folder) for step, folder in self._found() if _is_whole(folder, step)]
+        return _manifest(whole[-1][1], whole[-1][0])["leaves"] if whole else {}
+
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
         """The state of `step`, or of the newest step whose every hash holds, and the step.
 

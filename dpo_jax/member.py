@@ -40,9 +40,10 @@ def finished(
     if last is None:
         return None
     rundir.say(f"{home}: finished before, reused")
-    model = build.model(experiment)
-    params = rundir.load_weights(home, model, mesh)
-    return Result(home, experiment, model, params, build.tokenizer(experiment), last)
+    params = rundir.load_weights(home, build.trained_shapes(experiment), mesh)
+    return Result(
+        home, experiment, build.model(experiment), params, build.tokenizer(experiment), last
+    )
 
 
 class Member:

@@ -19,7 +19,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import COSMETIC, Experiment, code_digest, describe, digest, options
 from dpo_jax.models.transformer import Config
 from dpo_jax.parallel import abstract
-from dpo_jax.structs import BadInput, Model, Params
+from dpo_jax.structs import BadInput, Params
 
 RUNS = "runs"  # where runs without a run.dir, parents and sampled data lie
 MORE = "run.steps"  # a run may be resumed with more steps
@@ -131,14 +131,23 @@ def result(experiment: Experiment, home: epath.Path) -> dict[str, float] | None:
     return stored["metrics"] if stored["steps"] == experiment.run.steps else None
 
 
-def load_weights(home: epath.Path, model: Model, mesh: jax.sharding.Mesh) -> Params:
-    """The final weights of the run in `home`, on the mesh.
+def load_weights(home: epath.Path, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
+    """The final weights of the run in `home`, which have these shapes, on the mesh.
 
     Raises: BadInput where there are none or they are those of another model.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     params, _ = Checkpoints(home / "weights").restore(abstract(mesh, shapes))
     return params
+
+
+def heads(home: epath.Path, shapes: Params) -> Params:
+    """Shapes of what the weights of a run hold beside those of its decoder, which has `shapes`."""
+    found = {}
+    for name, text in Checkpoints(home / "weights").leaves().items():
+        kind, _, sizes = text.rstrip("]").partition("[")
+        if "/" not in name and name not in shapes:
+            found[name] = jax.ShapeDtypeStruct([int(size) for size in sizes.split(",")], kind)
+    return found
 
 
 def write(path: epath.Path, text: str) -> None:

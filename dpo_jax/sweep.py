@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import rundir
+from dpo_jax import build, rundir
+from dpo_jax.evaluate import completions
 from dpo_jax.experiment import (
     Experiment,
     Sweep,
@@ -65,6 +66,7 @@ def sweep(chosen: Sweep, *, directory: str) -> epath.Path:
     results = run_all(chosen.members)
     seconds = time.monotonic() - began
     points = summary(chosen, results)
+    start = start_value(chosen)
     record = {
         "name": chosen.name,
         "x": chosen.x,
@@ -74,14 +76,14 @@ def sweep(chosen: Sweep, *, directory: str) -> epath.Path:
         "seconds": round(seconds, 1),
         "code": code_digest(),
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "start": parent_value(chosen),
+        "start": start,
         "points": [asdict(point) for point in points],
         "directories": [str(result.directory) for result in results],
     }
     home.mkdir(parents=True, exist_ok=True)
     rundir.write(home / "sweep.json", json.dumps(record, indent=1) + "\n")
     figure = home / "sweep.png"
-    draw(figure, chosen, points, start=parent_value(chosen))
+    draw(figure, chosen, points, start)
     show(chosen, points)
     rundir.say(f"{len(results)} runs in {record['programs']} programs, {seconds:.0f} s")
     print(f"figure: {figure}")
@@ -139,11 +141,34 @@ def point_labels(experiments: Sequence[Experiment], x: str = "") -> list[str]:
     return labels
 
 
-def parent_value(chosen: Sweep) -> float | None:
-    """y of the parent's own last evaluation, on its own prompts; None where they have no one."""
-    parents = {member.parent for member in chosen.members}
-    parent = next(iter(parents)) if len(parents) == 1 else None
-    return run(parent).metrics.get(chosen.y) if isinstance(parent, Experiment) else None
+def start_value(chosen: Sweep) -> float | None:
+    """y of the policy that all members start from, sampled on their prompts, where KL is 0; None
+    where they have no one parent or y is no reward of samples."""
+    first = chosen.members[0]
+    wanted, reward = first.evaluation, chosen.y.removeprefix("eval_samples/")
+    known = {function.__name__: function for function in wanted.rewards}
+    same = all(m.parent == first.parent and m.evaluation == wanted for m in chosen.members)
+    if (
+        chosen.x != KL
+        or not same
+        or not isinstance(first.parent, Experiment)
+        or reward not in known
+    ):
+        return None
+    parent = run(first.parent)
+    drawn = completions(
+        parent.model,
+        parent.params,
+        {},
+        build.read_records("evaluation.prompts", wanted.prompts, run),
+        parent.tokenizer,
+        rewards=(known[reward],),
+        key=jax.random.key(0),
+        n=wanted.samples,
+        max_tokens=wanted.max_tokens,
+        temperature=wanted.temperature,
+    )
+    return drawn.metrics()[f"samples/{reward}"]
 
 
 def show(chosen: Sweep, points: Sequence[Point]) -> None:
@@ -186,34 +211,24 @@ def draw(
     many = len(lines) > FEW_LINES
     figure = Figure(figsize=(11, 7) if many else (8, 6), layout="constrained")
     axes = figure.subplots()
-    colour = colormaps["tab10"]
     for i, line in enumerate(lines):
         own = sorted((p for p in points if p.line == line), key=lambda p: p.x.mean)
-        axes.errorbar(
-            [p.x.mean for p in own],
-            [p.y.mean for p in own],
-            xerr=[p.x.error for p in own],
-            yerr=[p.y.error for p in own],
-            color=colour(i % FEW_LINES),
-            marker=MARKERS[i // FEW_LINES % len(MARKERS)],
-            markersize=5,
-            linewidth=1.2,
-            capsize=2,
-            label=line,
-        )
-        for point in own if len(own) > 1 else ():
-            axes.annotate(
-                point.label,
-                (point.x.mean, point.y.mean),
-                fontsize=6,
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
-    if chosen.x == KL and start is not None:
+        name = f"{i + 1} {line}" if many else line
+        colour, marker = colormaps["tab10"](i % FEW_LINES), MARKERS[i // FEW_LINES % len(MARKERS)]
+        x, y = [p.x.mean for p in own], [p.y.mean for p in own]
+        x_error, y_error = [p.x.error for p in own], [p.y.error for p in own]
+        axes.errorbar(x, y, y_error, x_error, fmt="none", ecolor=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
+        for point in own:
+            option = chosen.x not in point.metrics  # then the axis says what the point is
+            text = str(i + 1) if many else point.label * (not option)
+            place = (point.x.mean, point.y.mean)
+            axes.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    if start is not None:
         axes.plot(0.0, start, marker="*", markersize=14, linestyle="", color="black", label="start")
     seeds = max(point.y.count for point in points)
-    axes.set_xlabel(AXES.get(chosen.x, chosen.x))
-    axes.set_ylabel(AXES.get(chosen.y, chosen.y))
+    axes.set_xlabel(AXES.get(chosen.x, chosen.x.removeprefix("eval_samples/")))
+    axes.set_ylabel(AXES.get(chosen.y, chosen.y.removeprefix("eval_samples/")))
     axes.set_title(chosen.name)
     axes.grid(alpha=0.3)
     if many:

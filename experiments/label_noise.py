@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/label_noise.py: DPO, cDPO and robust DPO under flipped labels.
-Cost: six minutes on 2 CPU cores, the SFT run and the sampled pairs included.
+Cost: ten minutes on 2 CPU cores, the SFT run and the sampled pairs included.
 Result: runs/label_noise/sweep.png, the true reward against the share of flipped labels.
 """
 

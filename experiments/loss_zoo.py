@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/loss_zoo.py: every preference loss on the same responses, three seeds.
-Cost: 30 minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: 21 minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/loss_zoo/sweep.png, a point a loss in reward and KL, and the table beside it.
 """
 

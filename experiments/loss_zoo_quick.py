@@ -9,6 +9,6 @@ from dpo_jax.experiment import Sweep
 from experiments.loss_zoo import EXPERIMENT as ZOO
 from experiments.loss_zoo import SWEEP as WHOLE
 
-CHOSEN = ("dpo", "robust_dpo", "ipo", "rpo", "simpo", "kto", "plackett_luce_dpo")
+CHOSEN = ("dpo", "ipo", "simpo", "kto", "plackett_luce_dpo")
 EXPERIMENT = replace(ZOO, name="loss_zoo_quick")
 SWEEP = Sweep("loss_zoo_quick", tuple(each for each in WHOLE.members if each.name in CHOSEN))

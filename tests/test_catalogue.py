@@ -43,11 +43,13 @@ def test_defaults_read_as_they_are_written():
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in MAKERS])
-def test_a_loss_of_scored_has_formula_paper_and_needs(name):
+def test_a_loss_of_groups_has_formula_paper_and_needs(name):
+    """One of log-probs for `preference`, or of scores for `reward`."""
     entry = ENTRIES[name]
-    scored = next(iter(inspect.signature(getattr(losses, name)).parameters)) == "scored"
-    assert (entry.needs is not None) == scored
-    if scored:
+    first = next(iter(inspect.signature(getattr(losses, name)).parameters))
+    of_groups = first in ("scored", "score_BK")
+    assert (entry.needs is not None) == of_groups
+    if of_groups:
         assert entry.formula and entry.papers and entry.summary.endswith(".")
 
 

@@ -215,3 +215,14 @@ def test_importing_the_package_is_quick(repository, tmp_path):
     run = python(repository, "-c", code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 0.3
+
+
+def test_losses_are_listed_and_the_kl_estimators_measured(capsys):
+    assert cli.main(["losses"]) == 0
+    listed = capsys.readouterr().out
+    assert "dpo(beta, " in listed and "2305.18290" in listed and "needs pairs, reference" in listed
+    assert all(f"  {name}(" in listed for name in ("kto", "plackett_luce_dpo", "simpo", "mix"))
+    assert cli.main(["losses", "kl"]) == 0
+    assert "k3 per token: value unbiased" in capsys.readouterr().out
+    assert cli.main(["losses", "all"]) == 2
+    assert "invalid choice: 'all'" in capsys.readouterr().err

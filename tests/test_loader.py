@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data.loader import LADDER, Loader, sequential
+from dpo_jax.data.loader import LADDER, Loader, alike, sequential
 from dpo_jax.structs import BadInput, Batch, Group
 
 
@@ -145,3 +145,17 @@ def test_unusable_options_are_said():
     long = Group(np.ones(7, np.int32), [np.ones(4, np.int32)])
     with pytest.raises(BadInput, match=r"group 3 takes 11 tokens .*row_tokens=11 would do"):
         sequential([*small(3, most=3), long], step_groups=2, row_tokens=8)
+
+
+def test_loaders_with_other_seeds_give_batches_of_one_shape():
+    """Each holds its own groups, and few shapes are met on the way."""
+    groups, options = small(40, most=9), {"step_groups": 6, "row_tokens": 40, "steps": 30}
+    loaders = [Loader(groups, seed=seed, **options) for seed in range(3)]
+    met = set()
+    for step in range(30):
+        batches = alike(loaders, step)
+        assert len({shape(batch) for batch in batches}) == 1
+        met.add(shape(batches[0]))
+        for batch, loader in zip(batches, loaders, strict=True):
+            assert sorted(records(batch)) == sorted(loader.indices(step).tolist())
+    assert len(met) <= max(len(loader.ladder) for loader in loaders)

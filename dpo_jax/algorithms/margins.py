@@ -45,41 +45,53 @@ def implicit_rewards(scored: Scored, loss: Loss) -> jax.Array:
 
 
 def metrics(scored: Scored, weight_B: Array, reward_BK: Array, names: tuple[str, ...]) -> Metrics:
+    """`reward_metrics` of implicit rewards, and the log-probs of chosen and rejected."""
+    assert scored.mask_BK is not None
+    found = {"logps/chosen": weighted(weight_B, scored.logp_BK[:, 0])}
+    if reward_BK.shape[1] > 1:
+        found["logps/rejected"] = weighted(weight_B, _last(scored.logp_BK, scored.mask_BK))
+    rewards = reward_metrics(weight_B, reward_BK, scored.mask_BK, scored.score_BKC, names)
+    return rewards | found
+
+
+def reward_metrics(
+    weight_B: Array,
+    reward_BK: Array,
+    mask_BK: Array,
+    score_BKC: Array | None,
+    names: tuple[str, ...],
+) -> Metrics:
     """Chosen is the first response of a group and rejected the last one that is there.
 
     A tie counts 0 in `rewards/accuracies` and 1 in `rewards/ties`. names: those of the criteria;
     `criteria/NAME/margins` is the gap of their scores between chosen and rejected and
-    `criteria/NAME/accuracies` how often the implicit rewards agree with the sign of that gap.
+    `criteria/NAME/accuracies` how often the rewards agree with the sign of that gap.
     """
     summed = partial(weighted, weight_B)
-    found = {
-        "rewards/chosen": summed(reward_BK[:, 0]),
-        "logps/chosen": summed(scored.logp_BK[:, 0]),
-    }
+    found = {"rewards/chosen": summed(reward_BK[:, 0])}
     if reward_BK.shape[1] == 1:
         return found
-    assert scored.mask_BK is not None
-    last_B = jnp.maximum(jnp.sum(scored.mask_BK, axis=1).astype(jnp.int32) - 1, 0)
-
-    def rejected(x_BK: Array) -> jax.Array:
-        return jnp.take_along_axis(x_BK, last_B[:, None], axis=1)[:, 0]
-
-    margin_B = reward_BK[:, 0] - rejected(reward_BK)
+    rejected_B = _last(reward_BK, mask_BK)
+    margin_B = reward_BK[:, 0] - rejected_B
     found |= {
-        "rewards/rejected": summed(rejected(reward_BK)),
+        "rewards/rejected": summed(rejected_B),
         "rewards/margins": summed(margin_B),
         "rewards/accuracies": summed(jnp.where(margin_B > 0, 1.0, 0.0)),
         "rewards/ties": summed(jnp.where(margin_B == 0, 1.0, 0.0)),
-        "logps/rejected": summed(rejected(scored.logp_BK)),
     }
     for c, name in enumerate(names):
-        assert scored.score_BKC is not None
-        score_BK = scored.score_BKC[:, :, c]
-        gap_B = score_BK[:, 0] - rejected(score_BK)
+        assert score_BKC is not None
+        gap_B = score_BKC[:, 0, c] - _last(score_BKC[:, :, c], mask_BK)
         found[f"criteria/{name}/margins"] = summed(gap_B)
         agrees_B = jnp.where(margin_B * gap_B > 0, 1.0, 0.0)
         found[f"criteria/{name}/accuracies"] = summed(agrees_B)
     return found
+
+
+def _last(x_BK: Array, mask_BK: Array) -> jax.Array:
+    """x of the last response that is there."""
+    last_B = jnp.maximum(jnp.sum(mask_BK, axis=1).astype(jnp.int32) - 1, 0)
+    return jnp.take_along_axis(jnp.asarray(x_BK), last_B[:, None], axis=1)[:, 0]
 
 
 def unpaired_metrics(

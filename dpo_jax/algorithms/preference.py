@@ -7,7 +7,6 @@ refused when the algorithm is made or when it meets its data.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from dpo_jax import losses
 from dpo_jax.algorithms import margins
 from dpo_jax.algorithms.batch_statistics import start, updated
 from dpo_jax.algorithms.scores import length_normalized
-from dpo_jax.algorithms.suitable import suitable
+from dpo_jax.algorithms.suitable import check_keywords, suitable, takes
 from dpo_jax.logprobs import per_response, response_lengths, token_logps, token_statistics
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.structs import (
@@ -70,7 +69,12 @@ def preference(
     beside a loss without one, for a score of another number of responses; from `prepare` for data
     that the loss cannot use.
     """
-    _check_keywords(loss)
+    if takes(loss) == "score_BK":
+        raise BadInput(
+            f"loss {name_of(loss)} reads scores, which `preference` does not have: train it with "
+            "algorithms.reward, or take a loss of log-probs, as losses.plackett_luce_dpo"
+        )
+    check_keywords(loss)
     needs = losses.needs(loss)
     if reference is not None and not needs.reference:
         raise BadInput(
@@ -89,26 +93,6 @@ def preference(
         prepare=partial(suitable, loss, needs),
         coupled=needs.coupled,
     )
-
-
-def _check_keywords(loss: Loss) -> None:
-    """BadInput for a keyword that a loss does not have, and for one that it lacks."""
-    if isinstance(loss, losses.Mix):
-        for _, term in losses.terms(loss):
-            _check_keywords(term)
-        return
-    function, keywords = parts_of(loss)
-    parameters = signature(function).parameters
-    named = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
-    unknown = [name for name in keywords if name not in parameters]
-    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        takes = ", ".join(named) or "none"
-        raise BadInput(f"loss {name_of(loss)} has no keyword {unknown[0]}: it takes {takes}")
-    missing = [name for name in named if name not in keywords]
-    if missing:
-        raise BadInput(f"loss {name_of(loss)} requires {', '.join(missing)}: give it by `partial`")
-    if callable(keywords.get("loss")):
-        _check_keywords(keywords["loss"])
 
 
 def _check_score(loss: Loss, needs: losses.Needs, score: Score) -> None:

@@ -1,10 +1,13 @@
-"""Whether a loss can use its data: checked on the host before anything is packed."""
+"""Whether a loss has its keywords, checked when the algorithm is made, and whether it can use its
+data, checked on the host before anything is packed."""
 
 from collections.abc import Callable
+from inspect import signature
 
+from dpo_jax import losses
 from dpo_jax.data import views
 from dpo_jax.data.criteria import TOTAL
-from dpo_jax.losses.needs import Needs, name_of
+from dpo_jax.losses.needs import Needs, name_of, parts_of
 from dpo_jax.structs import BadInput, Group
 
 COLUMNS = {  # a field of Scored, and the field of a group it comes from
@@ -21,6 +24,36 @@ REMEDIES = {
 }
 
 LEFT_OUT = {"label": "", "soft_label": ", as data.arrange=data.criteria.without_ties does"}
+
+
+def takes(loss: Callable) -> str:
+    """The name of what a loss takes first: `scored`, or score_BK where it is one of scores."""
+    return next(iter(signature(parts_of(loss)[0]).parameters), "")
+
+
+def check_keywords(loss: Callable, given: tuple[str, ...] = ()) -> None:
+    """BadInput for a keyword that a loss does not have, and for one that it lacks.
+
+    given: the keywords that the algorithm gives.
+    """
+    if isinstance(loss, losses.Mix):
+        for _, term in losses.terms(loss):
+            check_keywords(term, given)
+        return
+    function, keywords = parts_of(loss)
+    _, *parameters = signature(function).parameters.values()
+    named = [
+        each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+    ]
+    unknown = [name for name in keywords if name not in named]
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        takes = ", ".join(named) or "none"
+        raise BadInput(f"loss {name_of(loss)} has no keyword {unknown[0]}: it takes {takes}")
+    missing = [name for name in named if name not in keywords and name not in given]
+    if missing:
+        raise BadInput(f"loss {name_of(loss)} requires {', '.join(missing)}: give it by `partial`")
+    if callable(keywords.get("loss")):
+        check_keywords(keywords["loss"], given)
 
 
 def suitable(

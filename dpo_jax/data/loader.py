@@ -102,14 +102,23 @@ class Loader:
 
 
 def alike(loaders: Sequence[Loader], step: int) -> list[Batch]:
-    """The batches of several loaders at one step, all of one shape: the first of their ladders
-    that holds them all, else one made for them."""
-    ladder = sorted({shape for loader in loaders for shape in loader.ladder}, key=_cost)
-    common = (s for s in ladder if all(loader.fits(step, s) for loader in loaders))
-    smallest = [loader.smallest(step) for loader in loaders]
-    own = Shape(*(max(count) for count in zip(*smallest, strict=True)))
-    shape = next(common, own)
+    """The batches of several loaders over the same groups at one step, all of one shape.
+
+    Rung i of the common ladder holds what rung i of every own ladder does; the first that holds
+    all of them is taken, else a shape made for them.
+    """
+    rungs = range(max(len(loader.ladder) for loader in loaders))
+    common = [
+        _widest([loader.ladder[min(i, len(loader.ladder) - 1)] for loader in loaders])
+        for i in rungs
+    ]
+    fitting = (s for s in common if all(loader.fits(step, s) for loader in loaders))
+    shape = next(fitting, None) or _widest([loader.smallest(step) for loader in loaders])
     return [loader.batch(step, shape) for loader in loaders]
+
+
+def _widest(shapes: Sequence[Shape]) -> Shape:
+    return Shape(*(max(counts) for counts in zip(*shapes, strict=True)))
 
 
 def sequential(

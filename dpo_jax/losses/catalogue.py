@@ -40,8 +40,8 @@ class Entry(NamedTuple):
 
     family: its file. keywords: its parameters after a `Scored`, with their defaults. summary: what
     the docstring opens with. formula: its first indented block. remarks: what follows, as it
-    stands. papers: arXiv numbers. needs: None for what takes no `Scored`, and for what makes a
-    loss of others, which has the needs of those.
+    stands. papers: arXiv numbers. needs: None for what takes neither a `Scored` nor scores, and for
+    what makes a loss of others, which has the needs of those.
     """
 
     name: str

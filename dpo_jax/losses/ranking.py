@@ -1,7 +1,7 @@
 """Links: how scores of K responses, best to worst, become the probability of that order.
 
-Reward models use them on rewards, the DPO family on implicit rewards. Float32 or better inside
-and out, whatever comes in; one unreduced value a group.
+Reward models (`algorithms.reward`) use them on rewards, the DPO family on implicit rewards. Float32
+or better inside and out, whatever comes in; one unreduced value a group.
 """
 
 import chex
@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses.door import floating
+from dpo_jax.losses.needs import needs
 from dpo_jax.structs import Array
 
 
+@needs(reference=False)
 def bradley_terry(
     score_BK: Array, margin: Array | float = 0.0, label_smoothing: Array | float = 0.0
 ) -> jax.Array:
@@ -32,6 +34,7 @@ def bradley_terry(
     return logistic(score_BK[:, 0] - score_BK[:, 1] - margin, label_smoothing)
 
 
+@needs(reference=False, responses=None)
 def plackett_luce(score_BK: Array, mask_BK: Array | None = None) -> jax.Array:
     """Negative log-likelihood of the order best to worst, chosen one after the other.
 
@@ -55,19 +58,22 @@ def plackett_luce(score_BK: Array, mask_BK: Array | None = None) -> jax.Array:
     return jnp.sum(jnp.where(mask_BK[:, :-1], stage_BK, 0), axis=1)
 
 
+@needs(reference=False, responses=None)
 def centering(score_BK: Array) -> jax.Array:
-    """What keeps the rewards of a pair around 0, Eisenstein et al. 2312.09244.
+    """What keeps the rewards of a prompt around 0, Eisenstein et al. 2312.09244.
 
-        (r_w + r_l)^2
+        (sum_k r_k)^2
 
-    A pair loss fixes rewards up to a constant of the prompt; a hundredth of this fixes the
-    constant. score_BK: K = 2, chosen first. Returns loss_B.
+    Rankings fix rewards up to a constant of the prompt; a hundredth of this fixes the constant.
+    The paper's (r_w + r_l)^2 at K = 2. score_BK: any K, 0 where there is no response. Returns
+    loss_B.
     """
     score_BK = floating(score_BK)
-    chex.assert_shape(score_BK, (None, 2), custom_message="losses.centering takes K = 2")
-    return (score_BK[:, 0] + score_BK[:, 1]) ** 2
+    chex.assert_rank(score_BK, 2)
+    return jnp.sum(score_BK, axis=1) ** 2
 
 
+@needs(reference=False, responses=None, fields=("score_BKC",))
 def regression(score_BK: Array, target_BK: Array) -> jax.Array:
     """Rewards fitted to scores, as HelpSteer 2311.09528 does.
 
