@@ -27,13 +27,14 @@ from naive import (
     packed,
     started,
 )
-from safetensors.numpy import load_file
-from test_trl_trajectories import CLOSE, SHAPE, Recorded, parameters, replay, same_weights
+from safetensors.numpy import load_file, save_file
+from test_trl_trajectories import CLOSE, SHAPE, Recorded, replay, same_weights
 
 from dpo_jax import losses, parallel
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.reward import reward, reward_scores
 from dpo_jax.data.packing import pack
+from dpo_jax.models import families, hf
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import BadInput, Batch, Group, TrainState
 from dpo_jax.train import make_update
@@ -416,15 +417,22 @@ def recorded_pairs(batch: dict[str, Any]) -> Batch:
     return pack(items, **SHAPE)
 
 
-def test_a_reward_model_trains_as_recorded(shared):
+def test_a_reward_model_trains_as_recorded(shared, tmp_path):
     folder = shared / "golden" / "trl_traj"
     record = Recorded(folder, json.loads((folder / "trajectory.json").read_text()))
-    config, _ = record.architecture("llama")
-    config = replace(config, tied=True)  # no head over the vocabulary
+    # tied, for there is no head over the vocabulary
+    keys = (
+        {"model_type": "llama"} | record.values["llama"]["config"] | {"tie_word_embeddings": True}
+    )
+    config = families.read(keys)
 
     def weights(name: str) -> Params:
-        found = load_file(folder / f"{name}.safetensors")
-        return with_head(parameters(found, config), found["score.weight"][0])
+        found, home = load_file(folder / f"{name}.safetensors"), tmp_path / name
+        head = found.pop("score.weight")[0]
+        home.mkdir()
+        (home / "config.json").write_text(json.dumps(keys))
+        save_file(found, home / "model.safetensors")
+        return with_head(hf.load(home)[1], head)
 
     batches = [recorded_pairs(batch) for batch in record.batches("reward_llama")]
     algorithm = reward(decoder(config), loss=losses.bradley_terry)
