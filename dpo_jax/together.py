@@ -49,8 +49,7 @@ def run_all(
 
 def programs(members: Sequence[Experiment]) -> list[list[int]]:
     """The places of the members, parted by program, in order of their first member."""
-    listed = [dict(options(member)) for member in members]
-    eligible = {path for found in listed for path in found if _is_traced(path, found[path])}
+    listed, eligible = _numbers(members)
     parted: dict[str, list[int]] = {}
     for i, (member, found) in enumerate(zip(members, listed, strict=True)):
         same = dict.fromkeys(eligible & found.keys(), 0.0) | NOT_COMPARED
@@ -58,16 +57,19 @@ def programs(members: Sequence[Experiment]) -> list[list[int]]:
     return list(parted.values())
 
 
-def _is_traced(path: str, value: Any) -> bool:
-    return type(value) is float and (path.startswith("algorithm.") or path == "optim.learning_rate")
-
-
 def differing(members: Sequence[Experiment]) -> list[Numbers]:
     """The numbers of each member that are not the same in all of them, by dotted path."""
-    listed = [dict(options(member)) for member in members]
-    eligible = {path for found in listed for path in found if _is_traced(path, found[path])}
+    listed, eligible = _numbers(members)
     paths = [path for path in sorted(eligible) if len({found[path] for found in listed}) > 1]
     return [{path: float(found[path]) for path in paths} for found in listed]
+
+
+def _numbers(members: Sequence[Experiment]) -> tuple[list[dict[str, Any]], set[str]]:
+    """The options of each member, and the paths of those that a compiled program can take."""
+    listed = [dict(options(member)) for member in members]
+    floats = {path for found in listed for path, now in found.items() if type(now) is float}
+    rates = {"optim.learning_rate"}
+    return listed, {path for path in floats if path.startswith("algorithm.") or path in rates}
 
 
 def _together(pairs: Sequence[tuple[Experiment, str | None]]) -> list[Result]:

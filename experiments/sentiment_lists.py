@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/sentiment_lists.py: losses of whole rankings, three seeds.
-Cost: three minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: five minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/sentiment_lists/sweep.png
 """
 

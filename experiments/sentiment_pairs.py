@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/sentiment_pairs.py: losses of pairs with a reference, three seeds.
-Cost: eight minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: ten minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/sentiment_pairs/sweep.png
 """
 

@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/sentiment_plugs.py: what DPO is combined with, three seeds.
-Cost: five minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: six minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/sentiment_plugs/sweep.png
 
 Divergences, exact KL, length, weights on pairs, mixtures and a moving reference.

@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/sentiment_unpaired.py: losses of single labelled responses.
-Cost: three minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: four minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/sentiment_unpaired/sweep.png
 """
 

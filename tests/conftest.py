@@ -3,9 +3,13 @@
 8 virtual CPU devices, no implicit rank promotion, no network, compiled programs kept between runs.
 """
 
+import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +73,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set DPO_JAX_SHARED to the folder that holds it")
     return folder
+
+
+def golden(shared: Path, name: str) -> Any:
+    """A JSON file of recorded values."""
+    return json.loads((shared / "golden" / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def oracles(shared: Path) -> dict[str, Any]:
+    """Values and gradients of losses, recorded by running other implementations in float64."""
+    return golden(shared, "loss_oracles.json")
+
+
+@pytest.fixture(scope="session")
+def closed_forms(shared: Path) -> dict[str, Any]:
+    """Values that can be written down, by name."""
+    return {entry["name"]: entry["value"] for entry in golden(shared, "closed_forms.json")}
+
+
+@pytest.fixture(scope="session")
+def vectors(shared: Path) -> dict[str, dict[str, Any]]:
+    """Inputs and outputs of other projects' tests, by name."""
+    return {entry["name"]: entry for entry in golden(shared, "peer_vectors.json")["vectors"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of a module whose tests share its runs/."""
+    folder = tmp_path_factory.mktemp("runs")
+    with chdir(folder):
+        yield folder

@@ -1,6 +1,5 @@
 """Advantages against recorded ones, closed forms, and sums written out."""
 
-import json
 from functools import partial
 
 import jax
@@ -12,18 +11,6 @@ from dpo_jax import losses
 from dpo_jax.losses.advantage import gae, group_normalized, leave_one_out
 
 f32 = partial(np.asarray, dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def closed_forms(shared):
-    entries = json.loads((shared / "golden" / "closed_forms.json").read_text())
-    return {entry["name"]: entry["value"] for entry in entries}
-
-
-@pytest.fixture(scope="module")
-def vectors(shared):
-    entries = json.loads((shared / "golden" / "peer_vectors.json").read_text())["vectors"]
-    return {entry["name"]: entry for entry in entries}
 
 
 def close(actual, expected, tolerance=1e-6):

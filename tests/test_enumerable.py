@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from tiny import descend
 
 from dpo_jax import losses
 from dpo_jax.data.packing import pack
@@ -36,19 +36,6 @@ def random_policy(world, seed):
     """Log-probabilities of a policy with normal logits, float64."""
     logits_BK = np.random.default_rng(seed).standard_normal(world.reward_BK.shape)
     return logits_BK - np.log(np.exp(logits_BK).sum(-1, keepdims=True))
-
-
-def descend(loss, params, *, steps, rate):
-    """`params` after `steps` of Adam on `loss`, the rate falling to zero along a cosine."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry, _):
-        params, memory = carry
-        updates, memory = optimizer.update(jax.grad(loss)(params), memory)
-        return (optax.apply_updates(params, updates), memory), None
-
-    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
-    return train((params, optimizer.init(params)))[0]
 
 
 # ---------------------------------------------------------------- the list

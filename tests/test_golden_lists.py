@@ -1,6 +1,5 @@
 """Losses of single responses and of lists against recorded values and gradients."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -16,17 +15,6 @@ PRECISIONS = pytest.mark.parametrize(
 )
 SIDES = ("chosen", "rejected")
 LABELS = {"chosen": 1.0, "rejected": 0.0}
-
-
-@pytest.fixture(scope="module")
-def oracles(shared):
-    return json.loads((shared / "golden" / "loss_oracles.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def closed_forms(shared):
-    entries = json.loads((shared / "golden" / "closed_forms.json").read_text())
-    return {entry["name"]: entry["value"] for entry in entries}
 
 
 def close(actual, expected, tolerance, name=""):

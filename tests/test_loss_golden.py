@@ -1,6 +1,5 @@
 """Losses against values and gradients recorded by running other implementations in float64."""
 
-import json
 from functools import partial
 
 import jax
@@ -16,23 +15,6 @@ f32 = partial(np.asarray, dtype=np.float32)
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-9)], ids=["float32", "float64"]
 )
-
-
-@pytest.fixture(scope="module")
-def oracles(shared):
-    return json.loads((shared / "golden" / "loss_oracles.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def closed_forms(shared):
-    entries = json.loads((shared / "golden" / "closed_forms.json").read_text())
-    return {entry["name"]: entry["value"] for entry in entries}
-
-
-@pytest.fixture(scope="module")
-def vectors(shared):
-    entries = json.loads((shared / "golden" / "peer_vectors.json").read_text())["vectors"]
-    return {entry["name"]: entry for entry in entries}
 
 
 OF_LIGER = {

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from claims import BETA, E, logit, root, sigmoid, with_flips
+from tiny import descend
 
 from dpo_jax import losses
 from dpo_jax.structs import Scored
@@ -242,19 +242,6 @@ CASES = {
         partial(losses.nll, per="sequence"), lambda: winners(1 / WORLD.length_K[None]), PAIRS
     ),
 }
-
-
-def descend(loss: Callable[[Any], jax.Array], params: Any, *, steps: int, rate: float) -> Any:
-    """`params` after `steps` of Adam on `loss`, the rate falling to zero along a cosine."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry, _):
-        params, memory = carry
-        updates, memory = optimizer.update(jax.grad(loss)(params), memory)
-        return (optax.apply_updates(params, updates), memory), None
-
-    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
-    return train((params, optimizer.init(params)))[0]
 
 
 @pytest.mark.parametrize("name", CASES)

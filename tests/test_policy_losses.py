@@ -1,6 +1,5 @@
 """Losses of policy gradients: recorded values, and gradients where the clips begin and end."""
 
-import json
 from functools import partial
 
 import jax
@@ -11,12 +10,6 @@ import pytest
 from dpo_jax import losses
 
 LOW, HIGH = 0.2, 0.3
-
-
-@pytest.fixture(scope="module")
-def closed_forms(shared):
-    entries = json.loads((shared / "golden" / "closed_forms.json").read_text())
-    return {entry["name"]: entry["value"] for entry in entries}
 
 
 def close(actual, expected, tolerance=1e-6):

@@ -1,8 +1,6 @@
 """A whole run of a reward model: its head is kept, found again, and goes where it is wanted."""
 
 import json
-from collections.abc import Iterator
-from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +35,6 @@ REWARD = Experiment(
     evaluation=Evaluation(source=RANKED),
 )
 BARE = {"evaluation": Evaluation()}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working directory of this module; its runs/ are shared."""
-    folder = tmp_path_factory.mktemp("runs")
-    with chdir(folder):
-        yield folder
 
 
 @pytest.fixture(scope="module")

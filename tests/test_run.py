@@ -1,8 +1,6 @@
 """A whole run: what its directory holds, what it finds again, evaluation, profiler, average."""
 
 import json
-from collections.abc import Iterator
-from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,14 +34,6 @@ TRL = {
     "tokens_per_second",
     "mfu",
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working directory of this module; its runs/ are shared."""
-    folder = tmp_path_factory.mktemp("runs")
-    with chdir(folder):
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """Small models and groups that several tests share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from dpo_jax.models.transformer import Config, decoder
@@ -30,3 +33,19 @@ def relative_error(tree, other) -> float:
         jax.device_get(other),
     )
     return max(jax.tree.leaves(differences))
+
+
+def descend(loss: Callable[[Any], Any], params: Any, *, steps: int, rate: float) -> Any:
+    """`params` after `steps` of Adam on `loss`, the rate falling to zero along a cosine."""
+    import jax
+    import optax
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def step(carry, _):
+        params, memory = carry
+        updates, memory = optimizer.update(jax.grad(loss)(params), memory)
+        return (optax.apply_updates(params, updates), memory), None
+
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
+    return train((params, optimizer.init(params)))[0]
