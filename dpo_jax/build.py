@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.evaluate import Completions, completions
 from dpo_jax.experiment import Data, Experiment, Sampled, digest, with_numbers
 from dpo_jax.metrics import flops_per_token, progress
+from dpo_jax.models import hf
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
 from dpo_jax.values import show
@@ -71,7 +72,10 @@ def config(experiment: Experiment) -> Config:
     if isinstance(experiment.parent, Experiment):
         return config(experiment.parent)
     assert experiment.parent is not None, "an Experiment has a model or a parent"
-    return Config(**rundir.read(epath.Path(experiment.parent))["model"])
+    home = epath.Path(experiment.parent)
+    if rundir.is_run(home):
+        return Config(**rundir.read(home)["model"])
+    return hf.read_config(hf.folder(experiment.parent))
 
 
 def model(experiment: Experiment) -> Model:
@@ -114,7 +118,27 @@ def _pretrained(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"data.tokenizer={name}: no tokenizer there ({reason})") from None
+        raise BadInput(f"{name}: no tokenizer there ({reason})") from None
+
+
+class Policy(NamedTuple):
+    """What can be sampled from."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+
+
+def from_folder(name: str) -> Policy:
+    """A model of Hugging Face, a folder or hub name, with its own tokenizer, on the first device.
+
+    Raises: BadInput where there is none, or a run directory, which does not hold its tokenizer.
+    """
+    if rundir.is_run(epath.Path(name)):
+        raise BadInput(f"{name} is a run: name its experiment, or `dpo-jax export` it to a folder")
+    home = hf.folder(name)
+    decoder_model, params, _ = hf.load(home)
+    return Policy(decoder_model, params, _pretrained(str(home)))
 
 
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
@@ -134,7 +158,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     if isinstance(parent, Experiment):
         params = run(parent).params
     elif parent is not None:
-        params = _stored(experiment, epath.Path(parent))
+        params = _stored(experiment, parent)
     return Materials(
         params=None if params is None else _inherited(experiment, params),
         data=found["data.source"],
@@ -143,13 +167,14 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     )
 
 
-def _stored(experiment: Experiment, home: epath.Path) -> Params:
-    """The weights of a parent that is a path: those of this run's model, and heads beside them."""
-    run, architecture = experiment.run, Config(**rundir.read(home)["model"])
-    init, key = _decoder(architecture, run.dtype, run.remat).init, jax.random.key(0)
-    heads = rundir.heads(home, jax.eval_shape(init, key))
-    shapes = jax.eval_shape(model(experiment).init, key)
-    return rundir.load_weights(home, {**shapes, **heads}, mesh(experiment))
+def _stored(experiment: Experiment, parent: str) -> Params:
+    """The weights of a parent that is a path: those of a run, heads too, or of a model folder."""
+    home, places = epath.Path(parent), mesh(experiment)
+    if not rundir.is_run(home):
+        rundir.say(f"{experiment.name}: starts from the weights of {parent}")
+        return hf.load(parent, sharding=places, dtype=experiment.run.dtype)[1]
+    shapes = jax.eval_shape(model(experiment).init, jax.random.key(0))
+    return rundir.load_weights(home, {**shapes, **rundir.heads(home, shapes)}, places)
 
 
 def _inherited(experiment: Experiment, params: Params) -> Params:
@@ -322,7 +347,7 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
     if file.exists():
         rundir.say(f"{file}: finished before, reused")
         return file
-    result = run(parent)
+    result = run(parent) if isinstance(parent, Experiment) else from_folder(parent)
     prompts = read_records("prompts", wanted.prompts, run)
     key, rng = jax.random.key(wanted.seed), np.random.default_rng(wanted.seed)
     rows: Records = []

@@ -221,7 +221,8 @@ class Experiment(Value):
     """One training run. algorithm: called with the model, as `partial(preference, loss=...)`.
 
     model: a configuration such as `models.transformer.Config`; None = the parent's.
-    parent: the run whose final weights it starts from, or the path of a checkpoint.
+    parent: the run whose final weights it starts from, or the path of one, or a model of Hugging
+    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub.
     """
 
     name: str
@@ -241,10 +242,11 @@ class Experiment(Value):
             )
         if self.model is None and self.parent is None:
             raise BadInput(f"experiment {self.name} has neither a model nor a parent to start from")
-        if self.model is not None and isinstance(self.parent, Experiment):
+        if self.model is not None and self.parent is not None:
+            whose = self.parent.name if isinstance(self.parent, Experiment) else self.parent
             raise BadInput(
                 f"experiment {self.name} has a model beside its parent: leave model out, "
-                f"it comes from {self.parent.name}"
+                f"it comes from {whose}"
             )
 
 
@@ -281,10 +283,19 @@ def load(name: str) -> ModuleType:
     """The experiment module at a path (experiments/x.py) or of a name (experiments.x).
 
     It holds EXPERIMENT, an `Experiment`, and may hold FRONTIER, a tuple of them, and SWEEP, a
-    `Sweep`. BadInput where it is missing, fails to import or holds something else.
+    `Sweep`. `experiments/x.py:SMOKE` takes another Experiment of the module in place of EXPERIMENT.
+    BadInput where it is missing, fails to import or holds something else.
     """
+    name, colon, other = name.partition(":")
     by_path = name.endswith(".py") or os.sep in name
     module = functions.import_file(name) if by_path else functions.import_named(name)
+    if colon:
+        if not isinstance(getattr(module, other, None), Experiment):
+            known = [key for key, x in vars(module).items() if isinstance(x, Experiment)]
+            raise BadInput(f"{name} defines no Experiment {other}: there are {', '.join(known)}")
+        module, chosen = ModuleType(module.__name__, module.__doc__), getattr(module, other)
+        module.EXPERIMENT = chosen  # type: ignore[attr-defined]
+        return module
     if not isinstance(getattr(module, "EXPERIMENT", None), Experiment):
         raise BadInput(
             f"{name} defines no EXPERIMENT: give the module EXPERIMENT = Experiment(...)"
