@@ -33,6 +33,7 @@ LAYERS = (
     {"description"},
     {"experiment", "evaluate"},
     {"rundir"},
+    {"parts"},
     {"build"},
     {"member"},
     {"train"},
