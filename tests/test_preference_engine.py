@@ -232,11 +232,10 @@ def test_the_running_mean_of_one_term_is_not_read_by_another():
 
     def value(loss):
         algorithm = preference(MODEL, loss=loss)
-        state = TrainState(
-            jnp.int32(0), POLICY, None, algorithm.init(KEY, POLICY, {})[1], jnp.int32(0)
-        )
+        _, memory = algorithm.init(KEY, POLICY, {})
+        state = TrainState(jnp.int32(0), POLICY, None, memory, jnp.int32(0))
         whole, _ = algorithm.collect(state, {"reference": REFERENCE}, batch, KEY)
-        whole = replace(whole, shared={name: x + 0.3 for name, x in whole.shared.items()})
+        whole = replace(whole, shared={k: jnp.add(x, 0.3) for k, x in whole.shared.items()})
         arguments = (POLICY, {"reference": REFERENCE}, {}, algorithm.measure(whole), KEY)
         return float(algorithm.objective(*arguments)[0])
 
