@@ -151,11 +151,9 @@ def test_a_ranking_goes_from_best_to_worst():
     role = seen(RANKED, losses.plackett_luce_dpo, row_tokens=16)
     assert {each.name: each.tokens.tolist() for each in role.lengths} == {
         "prompt": [2, 3],
-        "best": [5],
-        "chosen": [2],
+        "chosen": [5, 2],
         "between": [2, 3],
-        "worst": [4],
-        "rejected": [2],
+        "rejected": [4, 2],
         "group": [16, 7],
     }
     four = next(shown for shown in role.shown if shown.record == 0)
@@ -271,6 +269,13 @@ def test_text_like_control_tokens_and_unknown_text_are_doubted():
     assert any("1 of 1 records hold text that reads like a control" in d for d in role.doubts)
     # <bos> a < eos > z z <eos>: only a and the control tokens are known
     assert any("5 of 8 tokens are <unk>" in doubt for doubt in role.doubts)
+
+
+def test_a_template_that_nothing_needs_is_doubted():
+    unused = "data.template is not used"
+    assert unused in "".join(seen(PAIRS, losses.dpo, template=CHATML).doubts)
+    talk = seen([{"messages": TALK}], row_tokens=256, tokenizer=byte_level, template=CHATML)
+    assert unused not in "".join(talk.doubts)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,13 +27,15 @@ Key = tuple[bytes, ...]
 class Evidence:
     """The groups of one role, the records they come from, and the tokenizer.
 
-    others: keys of the groups of training, where these are held out.
+    others: keys of the groups of training, where these are held out. templated: whether the
+    experiment gives a chat template.
     """
 
     groups: Sequence[Group]
     records: Sequence[Mapping[str, Any]]
     tokenizer: Any
     others: Collection[Key] = ()
+    templated: bool = False
 
     @cached_property
     def talks(self) -> list[bool]:
@@ -68,8 +70,14 @@ class Evidence:
         """A count of groups, with the share it is."""
         return f"{count} of {len(self.groups)} {what}"
 
-    def name(self, token: int) -> str:
+    def name(self, token: int | None) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token))
+
+
+def written(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer, of several the one for conversations without tools."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def doubts(evidence: Evidence) -> tuple[str, ...]:
@@ -99,7 +107,7 @@ def _both_write_bos(e: Evidence) -> Iterator[str]:
     first = next((g.prompt for g, talk in zip(e.groups, e.talks, strict=True) if talk), None)
     if bos is None or first is None or first[0] != bos:
         return
-    if e.tokenizer("a")["input_ids"][:1] == [bos]:
+    if bos in e.tokenizer("")["input_ids"][:1]:
         yield (
             f"the tokenizer and the chat template both write BOS ({e.name(bos)}); here the "
             "template's alone counts, but who tokenizes a rendered conversation elsewhere gets "
@@ -155,8 +163,10 @@ def _alike(e: Evidence) -> Iterator[str]:
         yield f"{e.said(leaked)} stand in data.source too: they are not held out"
 
 
-def _unmarked(e: Evidence) -> Iterator[str]:
-    if any(e.talks) and not GENERATION.search(e.tokenizer.get_chat_template()):
+def _template(e: Evidence) -> Iterator[str]:
+    if e.templated and not any(e.talks):
+        yield "data.template is not used: no record is a conversation, texts are tokenized as such"
+    if any(e.talks) and not GENERATION.search(written(e.tokenizer) or ""):
         yield (
             "the chat template does not mark the assistant's turns ({% generation %}): scored is "
             "what each turn adds to the conversation before it"
@@ -216,6 +226,6 @@ def _biased(e: Evidence) -> Iterator[str]:
 
 
 DOUBTS: tuple[Callable[[Evidence], Iterator[str]], ...] = (
-    *(_bos_twice, _both_write_bos, _no_bos, _end, _alike, _unmarked, _reads_like_controls),
+    *(_bos_twice, _both_write_bos, _no_bos, _end, _alike, _template, _reads_like_controls),
     *(_unknown, _biased),
 )

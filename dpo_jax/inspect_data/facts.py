@@ -15,7 +15,7 @@ from dpo_jax.data import template
 from dpo_jax.data.conversations import GENERATION
 from dpo_jax.experiment import Experiment
 from dpo_jax.inspect_data import packed
-from dpo_jax.inspect_data.doubts import Evidence, Key, doubts, length_share
+from dpo_jax.inspect_data.doubts import Evidence, Key, doubts, length_share, written
 from dpo_jax.inspect_data.packed import Batches
 from dpo_jax.inspect_data.responses import masks, own, places
 from dpo_jax.inspect_data.tokens_shown import Token, Vocabulary
@@ -141,11 +141,10 @@ def inspection(
         wanted = 0 if record is not None else rows
         source = experiment.evaluation.source
         roles.append(_role(readers, HELD_OUT, source, wanted, others=keys)[0])
-    written = getattr(tokenizer, "chat_template", None)
     return Inspection(
         name=experiment.name,
         options=(*_options(readers), *([("devices", note)] if note else [])),
-        template=tokenizer.get_chat_template() if written else None,
+        template=written(tokenizer),
         roles=tuple(roles),
     )
 
@@ -174,7 +173,8 @@ def _role(
     groups = known.groups
     packing = packed.of_training if name == TRAINING else packed.of_evaluation
     batches = packing(experiment, groups, readers.shards)
-    evidence = Evidence(groups, records, readers.tokenizer, others)
+    templated = experiment.data.template is not None
+    evidence = Evidence(groups, records, readers.tokenizer, others, templated)
     some = [groups[b] for b in batches.first[:rows]]
     if record is not None:
         some = _of_record(readers, groups, records, record)
@@ -271,11 +271,10 @@ def _options(readers: _Readers) -> list[tuple[str, str]]:
         for kind in ("bos", "eos", "pad", "unk")
         if getattr(tokenizer, f"{kind}_token_id") is not None
     ]
-    chat = getattr(tokenizer, "chat_template", None)
     found = {
         "tokenizer": f"{show(data.tokenizer)}, a {type(tokenizer).__name__}",
         "vocabulary": f"{len(tokenizer)}, of model.V={room}; {', '.join(special)}",
-        "template": _template_said(experiment, tokenizer) if chat else "none",
+        "template": _template_said(experiment, written(tokenizer)),
         "algorithm": show(experiment.algorithm),
         "row_tokens": str(data.row_tokens),
         "groups a step": str(data.groups),
@@ -287,9 +286,11 @@ def _options(readers: _Readers) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _template_said(experiment: Experiment, tokenizer: Any) -> str:
-    written = experiment.data.template
-    name = "the tokenizer's own" if written is None else show(written)
+def _template_said(experiment: Experiment, template: str | None) -> str:
+    if template is None:
+        return "none"
+    given = experiment.data.template
+    name = "the tokenizer's own" if given is None else show(given)
     short = name if len(name) <= 60 and "\n" not in name else "given as text"
-    marked = GENERATION.search(tokenizer.get_chat_template())
+    marked = GENERATION.search(template)
     return f"{short}, {'marks' if marked else 'does not mark'} the assistant's turns"

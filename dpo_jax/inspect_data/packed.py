@@ -26,9 +26,9 @@ class Batches:
     """The batches of one role.
 
     shapes: (rows, places of a row), smallest first. padding: share of the places that hold no
-    token, over what `measured` says. rows: those of the first batch, without their padding, of
-    places each. first: indices of the groups of the first batch, as they stand in it. passes: how
-    often all batches together hold each group.
+    token, over what `measured` says. rows: what stands in those of the first batch, which
+    have `places` places each. first: indices of its groups in turn. passes: how often all batches
+    together hold each group.
     """
 
     step_groups: int

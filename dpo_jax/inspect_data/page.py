@@ -44,7 +44,7 @@ def page(found: Inspection) -> str:
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
     environment = Environment(**options, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"visible": visible, "hue": hue}
-    template = environment.from_string((files(__package__) / TEMPLATE).read_text())
+    template = environment.from_string((files("dpo_jax.inspect_data") / TEMPLATE).read_text())
     return template.render(found=found, said=said, histogram=histogram)
 
 
@@ -53,18 +53,21 @@ def hue(rank: float | None) -> int:
     return 220 if rank is None else round(rank * BEST + (1 - rank) * WORST)
 
 
-def histogram(several: tuple[Lengths, ...]) -> Any:
-    """Histograms of lengths, prompts and groups above responses, as SVG in the page's colours."""
+def histogram(several: tuple[Lengths, ...], salt: str) -> Any:
+    """Histograms of lengths, prompts and groups above responses, as SVG in the page's colours.
+
+    salt: tells its inner names from those of the page's other figures.
+    """
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     whole = [each for each in several if each.name in ("prompt", "group")]
     parts = [each for each in several if each not in whole]
-    colours = {f"{side}.color": INK for side in ("text", "xtick", "ytick")}
+    colours: dict[Any, str] = {f"{side}.color": INK for side in ("text", "xtick", "ytick")}
     colours |= {"axes.labelcolor": INK, "axes.edgecolor": INK}
     written = io.StringIO()
-    with rc_context({**colours, "svg.fonttype": "none", "svg.hashsalt": "lengths"}):
+    with rc_context({**colours, "svg.fonttype": "none", "svg.hashsalt": salt}):
         figure = Figure(figsize=(7, 5), layout="constrained")
         for axes, group in zip(figure.subplots(2), (whole, parts), strict=True):
             top = max(int(each.tokens.max()) for each in group)
@@ -91,7 +94,7 @@ def _inline(svg: str) -> str:
     """An SVG file as an element of a page: without a head, names or addresses of its own."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[a-z.]+_\d+"| xmlns(:\w+)?="[^"]*"', "", body)
+    body = re.sub(r' id="[a-z.\d]+_\d+"| xmlns(:\w+)?="[^"]*"', "", body)
     body = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", body)
     body = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", body)
     return body.replace("xlink:href", "href").replace(INK, "currentColor")

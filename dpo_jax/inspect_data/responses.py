@@ -10,7 +10,7 @@ from dpo_jax.structs import Group
 class Place(NamedTuple):
     """A response of a group. rank: 1 for the best to 0 for the worst, None where nothing says.
 
-    series: what it is counted under, where groups may hold any number of responses.
+    series: what it is counted under, beside groups of any number of responses.
     """
 
     name: str
@@ -27,7 +27,7 @@ def places(group: Group) -> list[Place]:
         return [_alone(group)]
     if count == 2:
         return [Place("chosen", "chosen", 1.0), Place("rejected", "rejected", 0.0)]
-    series = ["best", *["between"] * (count - 2), "worst"]
+    series = ["chosen", *["between"] * (count - 2), "rejected"]
     return [
         Place(f"response {k + 1} of {count}", name, 1 - k / (count - 1))
         for k, name in enumerate(series)

@@ -105,7 +105,9 @@ class Painter:
         """The rows of the first batch, a letter for what stands where, a point for padding."""
         from rich.text import Text
 
-        text = Text("rows of the first batch (p prompt, . padding, else the initial of a response)")
+        text = Text(
+            "rows of the first batch (- prompt, . padding, else the response by its initial)"
+        )
         for row in batches.rows[:STRIP_ROWS]:
             text.append("\n")
             place = 0
@@ -114,11 +116,12 @@ class Painter:
                 width = round(place * STRIP / batches.places) - round(
                     start * STRIP / batches.places
                 )
-                scored = stretch.name != "prompt"
+                prompt = stretch.name == "prompt"
+                # of a ranking its place
+                initial = next((c for c in stretch.name if c.isdigit()), stretch.name[0])
                 rank = 0.5 if stretch.rank is None else stretch.rank
-                text.append(
-                    stretch.name[0] * width, f"#ffffff on {background(rank, scored, i % 2 > 0)}"
-                )
+                ground = background(rank, not prompt, bool(i % 2))
+                text.append(("-" if prompt else initial) * width, f"#ffffff on {ground}")
             text.append("." * (STRIP - round(place * STRIP / batches.places)))
         left = len(batches.rows) - STRIP_ROWS
         text.append(f"\n... {left} rows ..." if left > 0 else "")
