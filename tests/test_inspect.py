@@ -239,6 +239,9 @@ def test_repetitions_are_doubted():
     assert "1 of 4 groups repeat an earlier one" in found
     assert "3 of 4 pairs stand the other way round too" in found
     assert "not held out" not in found
+    liked = replace(group([BOS], [5, EOS]), label=1.0)
+    judged = [liked, replace(liked, label=0.0), replace(group([BOS], [6, EOS]), label=1.0)]
+    assert "2 of 3 groups stand with the other label too" in doubted(judged)
     keys = Evidence([turned], [], words()).keys
     assert "1 of 4 groups stand in data.source too" in doubted(
         [first, first, turned, same], others=keys
@@ -347,7 +350,7 @@ def test_without_colours_bars_and_brackets_stand():
     assert "<bos>/1|·a/4|·b/5|\n" in text and "·c/6|·d/7|<eos>/2|\n" in text
     talk = made([{"messages": TALK}], row_tokens=256, tokenizer=talker)
     text = printed(facts.inspection(talk), colours=None)
-    assert "<|im_end|>|[↵\n|<|im_start|>|" in text and "↵\n|]fo|ur|" in text
+    assert "<|im_end|>|[↵|\n<|im_start|>|" in text and "↵|\n]fo|ur|" in text
     assert "\x1b" not in text
 
 

@@ -157,6 +157,12 @@ def _alike(e: Evidence) -> Iterator[str]:
     )
     if turned:
         yield f"{e.said(turned, 'pairs')} stand the other way round too, with chosen and rejected"
+    labels: dict[Key, set[float | None]] = {}
+    for key, group in zip(e.keys, e.groups, strict=True):
+        labels.setdefault(key, set()).add(group.label)
+    both = sum(len(labels[key]) > 1 for key in e.keys)
+    if both:
+        yield f"{e.said(both)} stand with the other label too, desirable and undesirable"
     known = set(e.others)
     leaked = sum(key in known for key in e.keys)
     if leaked:

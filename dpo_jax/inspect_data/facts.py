@@ -13,7 +13,7 @@ import numpy as np
 from dpo_jax import build
 from dpo_jax.data import template
 from dpo_jax.data.conversations import GENERATION
-from dpo_jax.experiment import Experiment
+from dpo_jax.experiment import Experiment, Sampled
 from dpo_jax.inspect_data import packed
 from dpo_jax.inspect_data.doubts import Evidence, Key, doubts, length_share, written
 from dpo_jax.inspect_data.packed import Batches
@@ -181,7 +181,9 @@ def _role(
     cut = {why: count for why, count in known.counts.items() if why in template.CUT}
     found = Role(
         name=name,
-        source=show(source),
+        source=f"sampled from {show(source.parent)}"
+        if isinstance(source, Sampled)
+        else show(source),
         rows=len(records) + sum(skipped.values()),
         records=len({group.record for group in groups}),
         groups=len(groups),

@@ -55,7 +55,7 @@ def shards(experiment: Experiment) -> tuple[int, str | None]:
 def of_training(experiment: Experiment, groups: Sequence[Group], shards: int) -> Batches:
     """The batches of the loader, as far as it simulates them."""
     loader = build.loader(experiment, _numbered(groups), shards)
-    rungs = tuple((shape.rows, shape.tokens) for shape in loader.ladder)
+    rungs = tuple(dict.fromkeys((shape.rows, shape.tokens) for shape in loader.ladder))
     measured = f"{loader.simulated} of {experiment.run.steps} steps"
     first = loader.batch(0)
     passes = experiment.run.steps * loader.step_groups / len(groups)

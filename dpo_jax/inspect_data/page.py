@@ -74,7 +74,10 @@ def histogram(several: tuple[Lengths, ...], salt: str) -> Any:
             bins = np.arange(0, top + 1 + -(-(top + 1) // BINS), -(-(top + 1) // BINS)) - 0.5
             for each in group:
                 colour = f"C{7 * (each.name == 'group')}" if each in whole else _paint(each.rank)
-                axes.hist(each.tokens, bins, alpha=0.55, label=each.name, color=colour)
+                options: dict[str, Any] = {"histtype": "stepfilled", "color": colour}
+                axes.hist(each.tokens, bins, alpha=0.25, **options)
+                options["histtype"] = "step"
+                axes.hist(each.tokens, bins, linewidth=1.6, label=each.name, **options)
             axes.set(xlabel="tokens", ylabel="count", facecolor="none")
             axes.legend(facecolor="none", edgecolor="none")
         figure.savefig(written, format="svg", transparent=True, metadata=_NAMELESS)

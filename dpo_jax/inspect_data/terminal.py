@@ -45,7 +45,9 @@ def blocks(
         yield _pairs([*said.counts(role), *said.packing(role, role.batches)])
         for doubt in role.doubts:
             yield Text(f"! {doubt}", style="bold yellow")
+        yield Text()
         yield _lengths(role.lengths)
+        yield Text()
         yield painter.strip(role.batches)
         if role.shown:
             legend = said.SHADED if painter.coloured else said.BARRED
@@ -91,15 +93,17 @@ class Painter:
         """Append a token, the i-th of its part."""
         ground = background(rank if rank is not None else 0.5, token.scored, bool(i % 2))
         style = f"{'bold ' * token.control}#ffffff on {ground}"
-        for piece, marked in visible(token.text):
-            lines = piece.split("\n")
-            for j, line in enumerate(lines):
-                text.append(line, style=f"#bbbbbb on {ground}" if marked else style)
-                text.append("\n" if j + 1 < len(lines) else "")
-        if self.ids:
-            text.append(f"/{token.id}", style=f"italic #dddd88 on {ground}")
-        if not self.coloured:
-            text.append("|")
+        pieces = visible(token.text)
+        broken = bool(pieces) and pieces[-1][0].endswith("\n")
+        for piece, marked in pieces:
+            # the colour ends with the line
+            for line in piece.splitlines(keepends=True):
+                text.append(line.rstrip("\n"), style=f"#bbbbbb on {ground}" if marked else style)
+                text.append("\n" if line.endswith("\n") else "")
+        if broken:
+            text.right_crop(1)  # id and bar stand before the last line end
+        text.append(f"/{token.id}" if self.ids else "", style=f"italic #dddd88 on {ground}")
+        text.append(("" if self.coloured else "|") + "\n" * broken)
 
     def strip(self, batches: Batches) -> "Text":
         """The rows of the first batch, a letter for what stands where, a point for padding."""
@@ -151,7 +155,9 @@ def _lengths(several: tuple[Lengths, ...]) -> "RenderableType":
     from rich.console import Group
     from rich.table import Table
 
-    numbers = Table("tokens of", *several[0].summary, title="lengths", title_justify="left")
+    numbers = Table("tokens of", title="lengths", title_justify="left")
+    for name in several[0].summary:
+        numbers.add_column(name, justify="right")
     for each in several:
         numbers.add_row(*said.summary(each))
     bars = Table.grid(padding=(0, 1))
@@ -162,7 +168,7 @@ def _lengths(several: tuple[Lengths, ...]) -> "RenderableType":
         cells = [
             cell
             for count, top in zip(counts, most, strict=True)
-            for cell in (Bar(top, 0, count, width=10), f"{count}")
+            for cell in (Bar(top, 0, count, width=10), f"{count or ''}")
         ]
         bars.add_row(name, *cells)
     return Group(numbers, bars)
