@@ -95,14 +95,14 @@ def names(shown: facts.Shown) -> list[str]:
 
 
 def test_counts_lengths_and_padding_are_those_counted_by_hand():
-    role = seen(PAIRS, losses.dpo)
+    role = seen(PAIRS[::-1], losses.dpo)
     assert (role.rows, role.records, role.groups, role.responses) == (6, 2, 2, 4)
     assert role.skipped == {"wrong type": 1} and role.repaired == {}
     assert role.dropped == {"equal responses": 1, "empty response": 1, "too long": 1}
     assert {each.name: each.tokens.tolist() for each in role.lengths} == {
-        "prompt": [3, 2],
-        "chosen": [3, 2],
-        "rejected": [2, 4],
+        "prompt": [2, 3],
+        "chosen": [2, 3],
+        "rejected": [4, 2],
         "group": [8, 8],
     }
     assert role.lengths[2].summary == {"least": 2, "median": 3, "mean": 3, "95%": 3.9, "most": 4}
@@ -111,6 +111,7 @@ def test_counts_lengths_and_padding_are_those_counted_by_hand():
     assert role.batches.shapes == ((8, 8),) and role.batches.padding == 1 - 16 / 64
     assert role.batches.measured == "3 of 3 steps" and role.batches.passes == 3
     assert sum(bool(row) for row in role.batches.rows) == 2
+    assert sorted(shown.record for shown in role.shown) == [3, 4]  # the skipped one is no record
 
 
 def test_cut_responses_are_repaired_and_have_no_end():
@@ -212,8 +213,8 @@ def doubted(groups: list[Group], text: str = "a", tokenizer: Any = None, **more:
 
 def test_bos_is_doubted_where_it_stands_twice_or_not_at_all():
     twice, inside = group([BOS, BOS, 4], [5, EOS]), group([BOS], [BOS, 5, EOS])
-    sound = group([BOS, 4], [5, EOS])
-    assert doubted([sound]) == ""
+    sound, turns = group([BOS, 4], [5, EOS]), group([BOS, 4, EOS, BOS, 5], [5, EOS])
+    assert doubted([sound, turns]) == ""
     assert "2 of 3 groups hold BOS (<bos>) twice" in doubted([twice, inside, sound])
     assert "1 of 2 prompts begin without BOS" in doubted([group([4, 5], [5, EOS]), sound])
 
@@ -499,5 +500,6 @@ def test_sampled_data_is_read_where_it_was_made(folder):
     pair = {"prompt": "the plot", "chosen": "was good .", "rejected": "was bad ."}
     (home / "pairs.jsonl").write_text(json.dumps(pair | {"scores": {"words": [3.0, 2.0]}}) + "\n")
     (shown,) = facts.inspection(experiment).roles[0].shown
+    assert facts.inspection(experiment).roles[0].source == "sampled from Experiment sft"
     assert [part.notes for part in shown.parts] == [(), ("words 3",), ("words 2",)]
     assert shown.where == f"{home}/pairs.jsonl:1"

@@ -18,6 +18,7 @@ TEMPLATE = "page.html.jinja"
 BEST, WORST = 168, 22  # hues: green, orange
 INK = "#010203"  # stands for the page's own colour, light or dark, until the figure is written
 BINS = 40
+NAMELESS = {name: None for name in ("Creator", "Date", "Format", "Type")}
 
 
 def place(directory: epath.Path) -> epath.Path:
@@ -80,11 +81,8 @@ def histogram(several: tuple[Lengths, ...], salt: str) -> Any:
                 axes.hist(each.tokens, bins, linewidth=1.6, label=each.name, **options)
             axes.set(xlabel="tokens", ylabel="count", facecolor="none")
             axes.legend(facecolor="none", edgecolor="none")
-        figure.savefig(written, format="svg", transparent=True, metadata=_NAMELESS)
+        figure.savefig(written, format="svg", transparent=True, metadata=NAMELESS)
     return Markup(_inline(written.getvalue()))
-
-
-_NAMELESS = {name: None for name in ("Creator", "Date", "Format", "Type")}
 
 
 def _paint(rank: float | None) -> tuple[float, float, float]:
@@ -96,8 +94,6 @@ def _paint(rank: float | None) -> tuple[float, float, float]:
 def _inline(svg: str) -> str:
     """An SVG file as an element of a page: without a head, names or addresses of its own."""
     body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[a-z.\d]+_\d+"| xmlns(:\w+)?="[^"]*"', "", body)
-    body = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", body)
-    body = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", body)
+    body = re.sub(r' id="[a-z\d.]+_\d+"| xmlns(:\w+)?="[^"]*"', "", body)
+    body = re.sub(r' (width|height)="[\d.]+pt"', "", body)  # as wide as the page
     return body.replace("xlink:href", "href").replace(INK, "currentColor")
