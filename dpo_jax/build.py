@@ -1,25 +1,21 @@
-"""What the values of an experiment become: tokenizer, model, weights, groups."""
+"""What the values of an experiment become: groups, and all that the loop needs."""
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from dpo_jax import parallel, rundir
-from dpo_jax.data import conversations, sources, template
+from dpo_jax import parallel, parts, rundir
+from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
-from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
 from dpo_jax.values import show
 
@@ -67,64 +63,6 @@ class Setup:
     flops_per_token: float
 
 
-def mesh(experiment: Experiment) -> jax.sharding.Mesh:
-    """The mesh of run.mesh over all devices."""
-    return parallel.make_mesh(**asdict(experiment.run.mesh))
-
-
-def config(experiment: Experiment) -> Config:
-    """The architecture: the experiment's own, or that of its parents."""
-    if experiment.model is not None:
-        return experiment.model
-    if isinstance(experiment.parent, Experiment):
-        return config(experiment.parent)
-    assert experiment.parent is not None, "an Experiment has a model or a parent"
-    return Config(**rundir.read(epath.Path(experiment.parent))["model"])
-
-
-def model(experiment: Experiment) -> Model:
-    """The decoder in the run's dtype; equal values give the same object and its compilations."""
-    return _decoder(config(experiment), experiment.run.dtype, experiment.run.remat)
-
-
-@lru_cache(maxsize=16)
-def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
-    return decoder(architecture, dtype=dtype, remat=remat)
-
-
-def trained_shapes(experiment: Experiment) -> Params:
-    """Shapes of what a run trains: the decoder's weights and the heads that its algorithm adds."""
-    decoder_model = model(experiment)
-    algorithm = experiment.algorithm(decoder_model)
-
-    def trained(key: jax.Array) -> Params:
-        params = decoder_model.init(key)
-        return algorithm.init(key, params, {name: params for name in algorithm.frozen})[0]
-
-    return jax.eval_shape(trained, jax.random.key(0))
-
-
-def tokenizer(experiment: Experiment) -> Any:
-    """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
-    what a function makes, or read from a folder or name."""
-    wanted, written = experiment.data.tokenizer, experiment.data.template
-    made = wanted() if callable(wanted) else _pretrained(wanted)
-    if written is not None:
-        made = copy.deepcopy(made)  # a function may give the same one again
-        made.chat_template = conversations.chat_template(written)
-    return made
-
-
-def _pretrained(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"data.tokenizer={name}: no tokenizer there ({reason})") from None
-
-
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
     """Parent and records; `run` trains what is missing among parents and sampled data."""
     wanted = experiment.evaluation
@@ -142,42 +80,18 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     if isinstance(parent, Experiment):
         params = run(parent).params
     elif parent is not None:
-        params = _stored(experiment, epath.Path(parent))
+        params = parts.stored(experiment, parent)
     return Materials(
-        params=None if params is None else _inherited(experiment, params),
+        params=None if params is None else parts.inherited(experiment, params),
         data=found["data.source"],
         held_out=found["evaluation.source"],
         prompts=found["evaluation.prompts"],
     )
 
 
-def _stored(experiment: Experiment, home: epath.Path) -> Params:
-    """The weights of a parent that is a path: those of this run's model, and heads beside them."""
-    run, architecture = experiment.run, Config(**rundir.read(home)["model"])
-    init, key = _decoder(architecture, run.dtype, run.remat).init, jax.random.key(0)
-    heads = rundir.heads(home, jax.eval_shape(init, key))
-    shapes = jax.eval_shape(model(experiment).init, key)
-    return rundir.load_weights(home, {**shapes, **heads}, mesh(experiment))
-
-
-def _inherited(experiment: Experiment, params: Params) -> Params:
-    """A parent's weights as this run stores them, without the heads that it does not train."""
-    wanted = trained_shapes(experiment)
-    others = sorted(params.keys() - wanted.keys())
-    if others:
-        rundir.say(
-            f"{experiment.name}: starts without {', '.join(others)} of its parent, which "
-            f"{show(experiment.algorithm)} does not train"
-        )
-    kept = {name: params[name] for name in wanted if name in params}
-    shapes = {name: wanted[name] for name in kept}
-    # the dtype of a parent may be another
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), kept, shapes)
-
-
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
     """Model, weights, algorithm and batches, on the mesh."""
-    decoder_model = model(experiment)
+    decoder_model = parts.model(experiment)
 
     def bind(numbers: dict[str, Any]) -> Algorithm:
         return with_numbers(experiment, numbers).algorithm(decoder_model)
@@ -230,7 +144,7 @@ def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -
     """The parent's weights, or those that run.seed draws, on the mesh."""
     if given.params is not None:
         return jax.device_put(given.params, parallel.shardings(mesh, given.params))
-    init = model(experiment).init
+    init = parts.model(experiment).init
     places = parallel.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
 
@@ -289,8 +203,8 @@ def counted_records(
 def readers(experiment: Experiment) -> tuple[Any, Algorithm]:
     """(tokenizer, algorithm): what makes groups of records. Raises BadInput where they do not fit
     the model and the run."""
-    made, algorithm = tokenizer(experiment), experiment.algorithm(model(experiment))
-    room = config(experiment).V
+    made, algorithm = parts.tokenizer(experiment), experiment.algorithm(parts.model(experiment))
+    room = parts.config(experiment).V
     if len(made) > room:
         raise BadInput(f"model.V={room} is less than the tokenizer's {len(made)} tokens")
     _check_algorithm(experiment, algorithm)
@@ -342,13 +256,18 @@ def grouped(experiment: Experiment, found: Records, made: Any, algorithm: Algori
 
 
 def data_digest(groups: Sequence[Group]) -> str:
-    """8 hex digits over the token ids of all groups and which of them count, in order."""
+    """8 hex digits over all that is learned from: token ids, which of them count, scores, labels
+    and weights of all groups, in order."""
     whole = hashlib.sha256()
     for group in groups:
         for ids in (group.prompt, *group.responses):
             whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
         for mask in group.scored or ():
             whole.update(mask.tobytes() + b"|")
+        if group.scores is not None:
+            whole.update(np.asarray(group.scores, np.float64).tobytes())
+        said = (group.label, group.soft_label, group.margin, group.weight, group.criteria)
+        whole.update(repr(said).encode())
     return whole.hexdigest()[:8]
 
 

@@ -6,7 +6,7 @@ the hyperparameters of a function, has no equality of its own.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -39,6 +39,7 @@ __all__ = [
     "code_digest",
     "describe",
     "digest",
+    "distinctions",
     "each",
     "load",
     "options",
@@ -221,7 +222,8 @@ class Experiment(Value):
     """One training run. algorithm: called with the model, as `partial(preference, loss=...)`.
 
     model: a configuration such as `models.transformer.Config`; None = the parent's.
-    parent: the run whose final weights it starts from, or the path of a checkpoint.
+    parent: the run whose final weights it starts from, or the path of one, or a model of Hugging
+    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub.
     """
 
     name: str
@@ -241,10 +243,11 @@ class Experiment(Value):
             )
         if self.model is None and self.parent is None:
             raise BadInput(f"experiment {self.name} has neither a model nor a parent to start from")
-        if self.model is not None and isinstance(self.parent, Experiment):
+        if self.model is not None and self.parent is not None:
+            whose = self.parent.name if isinstance(self.parent, Experiment) else self.parent
             raise BadInput(
                 f"experiment {self.name} has a model beside its parent: leave model out, "
-                f"it comes from {self.parent.name}"
+                f"it comes from {whose}"
             )
 
 
@@ -277,14 +280,32 @@ def each(
     )
 
 
+def distinctions(members: Sequence["Experiment"]) -> list[dict[str, str]]:
+    """The options of each member that are not the same in all of them, as text by dotted path."""
+    # a function's keywords have paths of their own
+    listed = [{x: show(getattr(v, "func", v)) for x, v in options(each)} for each in members]
+    paths = dict.fromkeys(path for found in listed for path in found)
+    differing = [path for path in paths if len({found.get(path) for found in listed}) > 1]
+    return [{path: found[path] for path in differing if path in found} for found in listed]
+
+
 def load(name: str) -> ModuleType:
     """The experiment module at a path (experiments/x.py) or of a name (experiments.x).
 
     It holds EXPERIMENT, an `Experiment`, and may hold FRONTIER, a tuple of them, and SWEEP, a
-    `Sweep`. BadInput where it is missing, fails to import or holds something else.
+    `Sweep`. `experiments/x.py:SMOKE` takes another Experiment of the module in place of EXPERIMENT.
+    BadInput where it is missing, fails to import or holds something else.
     """
+    name, colon, other = name.partition(":")
     by_path = name.endswith(".py") or os.sep in name
     module = functions.import_file(name) if by_path else functions.import_named(name)
+    if colon:
+        if not isinstance(getattr(module, other, None), Experiment):
+            known = [key for key, x in vars(module).items() if isinstance(x, Experiment)]
+            raise BadInput(f"{name} defines no Experiment {other}: there are {', '.join(known)}")
+        module, chosen = ModuleType(module.__name__, module.__doc__), getattr(module, other)
+        module.EXPERIMENT = chosen  # type: ignore[attr-defined]
+        return module
     if not isinstance(getattr(module, "EXPERIMENT", None), Experiment):
         raise BadInput(
             f"{name} defines no EXPERIMENT: give the module EXPERIMENT = Experiment(...)"

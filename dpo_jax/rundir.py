@@ -79,7 +79,7 @@ def claim(experiment: Experiment, home: epath.Path, config: Config, data: str) -
         "options": compared_options(experiment),
         "experiment": describe(experiment),
     }
-    if (home / "experiment.json").exists():
+    if is_run(home):
         stored = read(home)
         if stored["data"] != data:
             raise BadInput(
@@ -90,6 +90,11 @@ def claim(experiment: Experiment, home: epath.Path, config: Config, data: str) -
             say(f"{home}: started with code {stored['code']}, goes on with {record['code']}")
     home.mkdir(parents=True, exist_ok=True)
     write(home / "experiment.json", json.dumps(record, indent=1) + "\n")
+
+
+def is_run(home: epath.Path) -> bool:
+    """Whether a run has been here."""
+    return (home / "experiment.json").exists()
 
 
 def read(home: epath.Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import build, optim, parallel, rundir
+from dpo_jax import build, optim, parallel, parts, rundir
 from dpo_jax.data.loader import alike
 from dpo_jax.experiment import Experiment, canonical, describe, options, with_numbers
 from dpo_jax.member import Member, Result, finished
@@ -37,7 +37,7 @@ def run_all(
     for places in programs(members):
         missing = []
         for i in places:
-            done = finished(members[i], build.mesh(members[i]), homes[i])
+            done = finished(members[i], parts.mesh(members[i]), homes[i])
             results |= {} if done is None else {i: done}
             missing += [i] if done is None else []
         pairs = [(members[i], homes[i]) for i in missing]

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_runs
-from etils import epath
 from rich.console import Console
 from trained import CHATML, KINDS, MARKED, byte_level
 
-from dpo_jax import build, cli, losses, train
+from dpo_jax import build, cli, labelling, losses, parts, train
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.sft import sft
 from dpo_jax.data import views
-from dpo_jax.experiment import Data, Evaluation, Experiment, Mesh, Optim, Run, digest, override
+from dpo_jax.experiment import Data, Evaluation, Experiment, Mesh, Optim, Run, override
 from dpo_jax.inspect_data import facts, page, said, terminal
 from dpo_jax.inspect_data.doubts import Evidence, doubts
 from dpo_jax.inspect_data.facts import Inspection
@@ -133,7 +132,7 @@ def test_a_mesh_of_other_devices_is_counted_as_it_is_written():
 
 def test_what_is_shown_stands_in_the_first_batch_of_training():
     experiment = made(PAIRS, losses.dpo, groups=1)
-    mesh = build.mesh(experiment)
+    mesh = parts.mesh(experiment)
     setup = build.setup(experiment, mesh, build.materials(experiment, train.run))
     batch = setup.loader.batch(0)
     (role,) = facts.inspection(experiment).roles
@@ -495,11 +494,11 @@ def test_sampled_data_is_read_where_it_was_made(folder):
     with pytest.raises(BadInput, match=r"data.source is sampled from .*sft.*`dpo-jax train`"):
         facts.inspection(experiment)
     assert not Path("runs").exists()
-    home = epath.Path("runs") / f"sft-pairs-{digest(tiny_runs.PAIRS)}"
-    home.mkdir(parents=True)
+    file = labelling.place(tiny_runs.PAIRS)
+    file.parent.mkdir(parents=True)
     pair = {"prompt": "the plot", "chosen": "was good .", "rejected": "was bad ."}
-    (home / "pairs.jsonl").write_text(json.dumps(pair | {"scores": {"words": [3.0, 2.0]}}) + "\n")
+    file.write_text(json.dumps(pair | {"scores": {"words": [3.0, 2.0]}}) + "\n")
     (shown,) = facts.inspection(experiment).roles[0].shown
     assert facts.inspection(experiment).roles[0].source == "sampled from Experiment sft"
     assert [part.notes for part in shown.parts] == [(), ("words 3",), ("words 2",)]
-    assert shown.where == f"{home}/pairs.jsonl:1"
+    assert shown.where == f"{file}:1"

@@ -13,7 +13,7 @@ from tiny import relative_error
 from tiny_runs import EXPERIMENT, SFT, rows, snapshot
 
 import dpo_jax
-from dpo_jax import build, description, experiment, optim
+from dpo_jax import build, description, experiment, optim, parts
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.structs import TrainState
@@ -77,7 +77,7 @@ def test_experiment_json_resolves_values_and_digests(dpo):
         EXPERIMENT,
         build.read_records("data.source", str(pairs), dpo_jax.run),
         sentiment.tokenizer(),
-        EXPERIMENT.algorithm(build.model(EXPERIMENT)),
+        EXPERIMENT.algorithm(parts.model(EXPERIMENT)),
     )
     assert stored["data"] == build.data_digest(known.groups)
     assert stored["data"] != build.data_digest(known.groups[1:])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import build
+from dpo_jax import build, labelling, parts, train
 from dpo_jax.data import template
 from dpo_jax.data.conversations import GENERATION
 from dpo_jax.experiment import Experiment, Sampled
@@ -161,14 +161,13 @@ def _role(
     """One role, and the keys of its groups."""
     experiment = readers.experiment
 
-    def unmade(parent: Any) -> Any:
-        what = show(parent) if isinstance(parent, Experiment) else parent
+    if isinstance(source, Sampled) and not labelling.place(source).exists():
         raise BadInput(
-            f"{name} is sampled from {what} and was not made yet: `dpo-jax train` the experiment "
-            "with these options makes it, before its first step"
+            f"{name} is sampled from {show(source.parent)} and was not made yet "
+            f"({labelling.place(source)}): `dpo-jax train` the experiment with these options makes "
+            "it, before its first step"
         )
-
-    records, skipped = build.counted_records(source, unmade, experiment.data)
+    records, skipped = build.counted_records(source, train.run, experiment.data)
     known = build.grouped(experiment, records, readers.tokenizer, readers.algorithm)
     groups = known.groups
     packing = packed.of_training if name == TRAINING else packed.of_evaluation
@@ -241,19 +240,21 @@ def shown(
 ) -> Shown:
     """A group with its tokens as text; `ends` are the tokens that end a response."""
     assert group.record is not None, "template.tokenize numbers the groups"
-    parts = [Part("prompt", None, vocabulary.tokens(group.prompt, [False] * len(group.prompt)), ())]
+    pieces = [
+        Part("prompt", None, vocabulary.tokens(group.prompt, [False] * len(group.prompt)), ())
+    ]
     named = zip(places(group), group.responses, masks(group), strict=True)
     for k, (place, ids, mask) in enumerate(named):
         tokens = vocabulary.tokens(ids, mask)
         cut = () if int(ids[-1]) in ends else ("has no end",)
-        parts.append(Part(place.name, place.rank, tokens, (*_scores(group, k), *cut)))
+        pieces.append(Part(place.name, place.rank, tokens, (*_scores(group, k), *cut)))
     values = {name: getattr(group, name) for name in ("label", "soft_label", "margin")}
     values |= {"weight": None if group.weight == 1.0 else group.weight}
     return Shown(
         record=group.record,
         where=records[group.record]["where"],
         said=tuple(f"{name} {value:.4g}" for name, value in values.items() if value is not None),
-        parts=tuple(parts),
+        parts=tuple(pieces),
     )
 
 
@@ -267,7 +268,7 @@ def _scores(group: Group, k: int) -> tuple[str, ...]:
 
 def _options(readers: _Readers) -> list[tuple[str, str]]:
     experiment, tokenizer = readers.experiment, readers.tokenizer
-    data, room = experiment.data, build.config(experiment).V
+    data, room = experiment.data, parts.config(experiment).V
     special = [
         f"{kind} {getattr(tokenizer, f'{kind}_token')} ({getattr(tokenizer, f'{kind}_token_id')})"
         for kind in ("bos", "eos", "pad", "unk")

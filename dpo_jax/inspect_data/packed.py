@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_jax import build, parallel
+from dpo_jax import build, parallel, parts
 from dpo_jax.experiment import Experiment
 from dpo_jax.inspect_data.responses import places
 from dpo_jax.structs import BadInput, Batch, Group
@@ -46,7 +46,7 @@ def shards(experiment: Experiment) -> tuple[int, str | None]:
     it does not fit the devices here, as if it were made for the fewest that it fits."""
     mesh = experiment.run.mesh
     try:
-        return parallel.row_multiple(build.mesh(experiment)), None
+        return parallel.row_multiple(parts.mesh(experiment)), None
     except BadInput as error:
         fewest = max(mesh.data, 1) * max(mesh.fsdp, 1)
         return fewest, f"rows are shared by {fewest} devices, not by those here ({error})"

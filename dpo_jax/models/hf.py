@@ -9,6 +9,7 @@ Parameters are read by the slice, straight into their shards, and never unpickle
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -105,12 +106,15 @@ def folder(path: epath.PathLike) -> epath.Path:
     """A folder, or that of a hub name (owner/name, with @revision), downloaded where missing."""
     home = epath.Path(path).expanduser()
     named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(path))
-    if home.is_dir() or not named:
-        return home
+    return home if home.is_dir() or not named else _downloaded(path, named[1], named[2])
+
+
+@lru_cache(maxsize=16)
+def _downloaded(path: epath.PathLike, name: str, revision: str | None) -> epath.Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return epath.Path(snapshot_download(named[1], revision=named[2], allow_patterns=FILES))
+        return epath.Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
