@@ -34,6 +34,7 @@ LAYERS = (
     {"experiment", "evaluate"},
     {"rundir"},
     {"parts"},
+    {"labelling"},
     {"build"},
     {"member"},
     {"train"},
