@@ -1,7 +1,7 @@
 """What the losses of lists must do: agree with the pair losses, ignore padding, stop moving."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def field(scored, name):
     return np.asarray(getattr(scored, name))
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(loss):
     """Value and gradient as one program: op by op, every shape compiles every op."""
 
