@@ -32,7 +32,7 @@ LAYERS = (
     {"override"},
     {"description"},
     {"experiment", "evaluate"},
-    {"rundir"},
+    {"rundir", "smoke"},
     {"parts"},
     {"labelling"},
     {"build"},
