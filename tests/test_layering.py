@@ -33,6 +33,7 @@ LAYERS = (
     {"description"},
     {"experiment", "evaluate"},
     {"rundir"},
+    {"labelling"},
     {"build"},
     {"member"},
     {"train"},

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_jax.build import labelled
 from dpo_jax.data.sources import read
 from dpo_jax.evaluate import Completions
+from dpo_jax.labelling import labelled
 from dpo_jax.worlds.annotators import Label, noiseless, plackett_luce, thumbs, ties
 
 SCORES = [3.0, 1.0, 2.0, 0.0]
