@@ -6,8 +6,8 @@ Unusable input is one line on stderr and exit status 2.
 import argparse
 import ctypes
 import difflib
-import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,7 +21,60 @@ COMMANDS = {
     "sweep": "train the members of SWEEP, or a run for every combination of lists of values, and "
     "compare their last evaluations, seeds averaged",
     "eval": "print the last evaluation of a finished run",
-    "sample": "print responses of a finished run to `evaluation.prompts`, a JSON line each",
+    "sample": "print responses of a finished run, or of a model folder in its place, to "
+    "evaluation.prompts, a JSON line each; without any (or with -) to what is piped in, a prompt a "
+    "line, or to what is typed, line by line until Ctrl-D",
+    "score": "score every response in files of records by a finished run, or by a model folder in "
+    "its place, and print how often chosen ones are above rejected ones",
+    "export": "write a finished run as a folder that transformers' from_pretrained reads",
+}
+READERS = ("eval", "sample", "score", "export")  # of finished runs, see commands.py
+EITHER = "a file or a module name; or a folder of Hugging Face, or owner/name on the hub"
+WHAT = {"sample": EITHER, "score": EITHER}
+WORDS = {
+    "score": [("FILE", "records to score, in any form that data.source takes")],
+    "export": [("FOLDER", "where to write, a new or empty folder")],
+}
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "sample": {
+        "--chat": {
+            "action": "store_true",
+            "help": "what is typed or piped in are messages of a user; that is so by itself where "
+            "the tokenizer has a chat template and the run's data were conversations (a folder: "
+            "where it has one)",
+        },
+        "--text": {"action": "store_true", "help": "what is typed or piped in is plain text"},
+    },
+    "score": {
+        "--reference": {
+            "metavar": "FOLDER",
+            "help": "compare with this model folder (or hub name), in place of a run's own reference",
+        },
+        "--reference-free": {"action": "store_true", "help": "leave a run's reference out"},
+        "--per-token": {"action": "store_true", "help": "divide by the number of tokens"},
+        "--plain": {
+            "action": "store_true",
+            "help": "read the files without the run's data.layout and data.arrange",
+        },
+        "--row-tokens": {
+            "type": int,
+            "metavar": "N",
+            "help": "in place of data.row_tokens: records longer than that are dropped or cut",
+        },
+        "--subset": {
+            "metavar": "FIELD",
+            "help": "the field that names a record's subset (subset; of several files, the file)",
+        },
+        "--out": {"metavar": "FILE", "help": "write a JSON line a record: scores, lengths, subset"},
+        "--json": {"metavar": "FILE", "help": "write the table as JSON"},
+    },
+    "export": {
+        "--dtype": {
+            "choices": ("float32", "bfloat16"),
+            "default": "float32",
+            "help": "of the weights (float32)",
+        },
+    },
 }
 LOSSES = (
     "list every loss: name, formula, paper, needs; `losses kl` for what the KL estimators estimate"
@@ -58,8 +111,13 @@ def command(argv: list[str]) -> int:
         inner = commands.add_parser(
             name, help=purpose, description=purpose, add_help=False, allow_abbrev=False
         )
-        inner.add_argument("experiment", nargs="?", help="a file path or a module name")
-        inner.add_argument("overrides", nargs="*", metavar="option=value", help="dotted.path=value")
+        inner.add_argument("experiment", nargs="?", help=WHAT.get(name, "a file or a module name"))
+        more = WORDS.get(name, [])
+        words = " ".join([*(word for word, _ in more), "option=value"])
+        said = "; ".join([*(about for _, about in more), "dotted.path=value of the experiment"])
+        inner.add_argument("words", nargs="*", metavar=words, help=said)
+        for flag, options in FLAGS.get(name, {}).items():
+            inner.add_argument(flag, **options)
         inner.add_argument(
             "-h", "--help", action="store_true", help="list the options, those of an experiment too"
         )
@@ -81,8 +139,14 @@ def command(argv: list[str]) -> int:
             raise BadInput(f"{arguments.command}: name an experiment, a file path or a module name")
         commands.choices[arguments.command].print_help()
         return 0
-    overrides = parse_overrides([*arguments.overrides, *rest])
-    return _run(arguments.command, arguments.experiment, overrides, arguments.help)
+    arguments.words += rest
+    return _run(arguments, commands.choices[arguments.command])
+
+
+def parted(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(overrides, the other words): an override is dotted.path=value. Raises as parse_overrides."""
+    given = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
+    return parse_overrides(given), [word for word in words if word not in given]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -117,27 +181,29 @@ def _keep_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def _run(name: str, where: str, overrides: dict[str, str], wants_help: bool) -> int:
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from dpo_jax import experiment
 
     _keep_compilations()
     _keep_memory()
-    module = experiment.load(where)
-    if wants_help:
-        print(listing(name, where, experiment.override(module.EXPERIMENT, overrides)))
-    elif name == "frontier":
-        _frontier(module, overrides)
-    elif name == "sweep":
-        _sweep(module, overrides)
-    elif name == "sample":
-        _sample(module, overrides)
+    name, where = arguments.command, arguments.experiment
+    overrides, others = parted(arguments.words)
+    if name not in WORDS and others:
+        parse_overrides(others)  # refuses them
+    if arguments.help:
+        chosen = experiment.override(experiment.load(where).EXPERIMENT, overrides)
+        print(listing(name, where, chosen, parser.format_help() if name in FLAGS else ""))
+    elif name in READERS:
+        from dpo_jax import commands
+
+        getattr(commands, name)(arguments, overrides, others)
     else:
-        chosen = experiment.override(module.EXPERIMENT, overrides)
-        (_train if name == "train" else _eval)(chosen)
+        module = experiment.load(where)
+        {"train": _train, "frontier": _frontier, "sweep": _sweep}[name](module, overrides)
     return 0
 
 
-def listing(name: str, where: str, experiment: Any) -> str:
+def listing(name: str, where: str, experiment: Any, usage: str = "") -> str:
     """Usage, and every option of an experiment with its value, a line each."""
     from dpo_jax.experiment import options
     from dpo_jax.values import show
@@ -147,14 +213,15 @@ def listing(name: str, where: str, experiment: Any) -> str:
     # a function's keywords follow on lines of their own
     names = [getattr(value, "func", value) for _, value in found]
     lines = [f"  {path:<{width}} = {show(n)}" for (path, _), n in zip(found, names, strict=True)]
-    purpose = f"usage: dpo-jax {name} {where} [option=value ...]\n\n{COMMANDS[name]}\n\noptions:"
-    return "\n".join([purpose, *lines])
+    short = f"usage: dpo-jax {name} {where} [option=value ...]\n\n{COMMANDS[name]}\n"
+    return "\n".join([usage or short, "options:", *lines])
 
 
-def _train(experiment: Any) -> None:
+def _train(module: ModuleType, overrides: dict[str, str]) -> None:
     from dpo_jax import train
+    from dpo_jax.experiment import override
 
-    train.run(experiment)
+    train.run(override(module.EXPERIMENT, overrides))
 
 
 def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
@@ -221,56 +288,6 @@ def frontier_members(module: ModuleType, overrides: dict[str, str]) -> tuple[Any
             "several values, as algorithm.loss.beta=.03,.1,.3, or the module a FRONTIER"
         )
     return members
-
-
-def _finished(experiment: Any) -> Any:
-    """The result of a run that is there already. Raises BadInput where it has not finished."""
-    from dpo_jax import rundir, train
-
-    home = rundir.place(experiment)
-    rundir.check(experiment, home)
-    if rundir.result(experiment, home) is None:
-        raise BadInput(
-            f"{home} holds no finished run of {experiment.name}: `dpo-jax train` it first"
-        )
-    return train.run(experiment)
-
-
-def _eval(experiment: Any) -> None:
-    metrics = _finished(experiment).metrics
-    if not metrics:
-        raise BadInput("nothing was evaluated: the experiment has no evaluation.source or .prompts")
-    for name, value in sorted(metrics.items()):
-        print(f"{name} = {value:.6g}")
-
-
-def _sample(module: ModuleType, overrides: dict[str, str]) -> None:
-    """The run is the one without the overrides of `evaluation`: any prompts will do."""
-    import jax
-
-    from dpo_jax import build, evaluate, train
-    from dpo_jax.experiment import override
-
-    whole = override(module.EXPERIMENT, overrides)
-    wanted = whole.evaluation
-    if wanted.prompts is None:
-        raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl")
-    own = {path: new for path, new in overrides.items() if not path.startswith("evaluation.")}
-    result = _finished(override(module.EXPERIMENT, own))
-    drawn = evaluate.completions(
-        result.model,
-        result.params,
-        {},
-        build.read_records("evaluation.prompts", wanted.prompts, train.run, whole.data),
-        result.tokenizer,
-        rewards=wanted.rewards,
-        key=jax.random.key(result.experiment.run.seed),
-        n=wanted.samples,
-        max_tokens=wanted.max_tokens,
-        temperature=wanted.temperature,
-    )
-    for row in drawn.rows(result.experiment.run.steps):
-        print(json.dumps(row))
 
 
 def _nearest(word: str, candidates: Any) -> str:
