@@ -98,7 +98,7 @@ def _sides(chosen: np.ndarray, rejected: np.ndarray) -> Row:
 
 
 def _ranked(ordered: Sequence[Judged]) -> Row:
-    best, in_order, tau = [], [], []
+    best, in_order, less = [], [], []
     for each in ordered:
         top = each.levels == each.levels[0]
         best.append(each.scores[top].max() > each.scores[~top].max())
@@ -108,8 +108,9 @@ def _ranked(ordered: Sequence[Judged]) -> Row:
             if each.levels[i] > each.levels[j]
         ]
         in_order.append(np.mean(np.array(signs) > 0))
-        tau.append(np.mean(signs))
-    return {"best": float(np.mean(best)), "pairs": float(np.mean(in_order)), "tau": float(np.mean(tau))}
+        less.append(np.mean(signs))
+    means = {"best": best, "pairs": in_order, "tau": less}
+    return {name: float(np.mean(each)) for name, each in means.items()}
 
 
 def _unpaired(alone: Sequence[Judged]) -> Row:

@@ -1,7 +1,6 @@
 """What the values of an experiment become: tokenizer, model, weights, groups."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -395,20 +394,3 @@ def _check_places(model: Model, groups: Sequence[Group]) -> None:
             f"positions: set data.row_tokens={model.places}, and data.truncation says what becomes "
             "of longer ones"
         )
-
-
-def data_digest(groups: Sequence[Group]) -> str:
-    """8 hex digits over the token ids of all groups and which of them count, in order."""
-    whole = hashlib.sha256()
-    for group in groups:
-        for ids in (group.prompt, *group.responses):
-            whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
-        for mask in group.scored or ():
-            whole.update(mask.tobytes() + b"|")
-    return whole.hexdigest()[:8]
-
-
-def real_tokens(batch: Batch) -> int:
-    """Places that hold tokens: a later place sees each but the last of a response."""
-    own_T = np.arange(1, batch.until_RT.shape[1] + 1)
-    return int((batch.until_RT > own_T[None, :]).sum() + (batch.end_RGK >= 0).sum())

@@ -48,7 +48,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "score": {
         "--reference": {
             "metavar": "FOLDER",
-            "help": "compare with this model folder (or hub name), in place of a run's own reference",
+            "help": "compare with this model folder or hub name, in place of a run's reference",
         },
         "--reference-free": {"action": "store_true", "help": "leave a run's reference out"},
         "--per-token": {"action": "store_true", "help": "divide by the number of tokens"},

@@ -135,7 +135,7 @@ def sample(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
         return
     asked = [_asked(line, n, chat) for n, line in enumerate(sys.stdin, 1) if line.strip()]
     if not asked:
-        raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl, or a prompt a line on stdin")
+        raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl, or a prompt a line")
     _print(result, wanted, asked, ())
 
 

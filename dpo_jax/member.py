@@ -10,6 +10,7 @@ from etils import epath
 
 from dpo_jax import build, evaluate, metrics, optim, rundir
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.data.packing import data_digest
 from dpo_jax.experiment import Experiment
 from dpo_jax.parallel import shardings
 from dpo_jax.structs import Algorithm, Model, Params, TrainState
@@ -76,7 +77,7 @@ class Member:
 
     def claim(self) -> None:
         """Make the directory this run's."""
-        digest = build.data_digest(self.setup.loader.groups)
+        digest = data_digest(self.setup.loader.groups)
         rundir.claim(self.experiment, self.home, build.config(self.experiment), digest)
 
     def measure(self, step: int, state: TrainState) -> None:

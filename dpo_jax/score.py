@@ -30,7 +30,17 @@ from dpo_jax.logprobs import per_response, response_lengths, token_logps
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
 from dpo_jax.parallel import abstract, row_multiple, shard_batch
-from dpo_jax.structs import Array, BadInput, Batch, Group, Model, Params, Scored, TrainState, unchanged
+from dpo_jax.structs import (
+    Array,
+    BadInput,
+    Batch,
+    Group,
+    Model,
+    Params,
+    Scored,
+    TrainState,
+    unchanged,
+)
 
 ROW_TOKENS = 2048  # of a row, where no response needs more
 TOKENS = 2**15  # scored in one call, about
@@ -214,7 +224,7 @@ def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray
             for name, x_RGK in values.items():
                 rows = found.setdefault(name, [None] * len(groups))
                 for row, slot in zip(*np.nonzero(batch.record_RG >= 0), strict=True):
-                    b = batch.record_RG[row, slot]
+                    b = int(batch.record_RG[row, slot])
                     rows[b] = x_RGK[row, slot, : len(groups[b].responses)]
     return found
 
@@ -231,7 +241,7 @@ def _own_reference(run: Result) -> Params:
 
 
 def _moved_reference(run: Result) -> Params:
-    """The reference of the last checkpoint, moved once more where that is due, as evaluations do."""
+    """The reference of the last checkpoint, moved once more if that is due, as for evaluations."""
     experiment, init = run.experiment, run.model.init
     move = parts_of(experiment.algorithm)[1]["reference"]
     algorithm = experiment.algorithm(run.model)
@@ -273,4 +283,3 @@ def _formula(loss: Callable, score: Callable, compared: bool) -> str:
     other = "" if score in (per_response, length_normalized) else f", {name_of(score)}"
     factor = "" if scale == 1 else f"{scale:g} "
     return f"{factor}{inner}{' / tokens' if divided else ''}{other}"
-

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dpo_jax import build, optim, parallel, rundir
 from dpo_jax.data.loader import alike
+from dpo_jax.data.packing import real_tokens
 from dpo_jax.experiment import Experiment, canonical, describe, options, with_numbers
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.structs import BadInput, Batch, Metrics, TrainState
@@ -125,7 +126,7 @@ class Together:
         self._states_M, values_M = self.update(
             self.numbers_M, self._states_M, self.setup.frozen, batch, self.keys_M, step
         )
-        tokens = [build.real_tokens(each) for each in host]
+        tokens = [real_tokens(each) for each in host]
         tokens = tokens * len(self.members) if self.one_data else tokens
         return list(zip(self.parts(values_M), tokens, strict=True))
 

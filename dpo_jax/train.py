@@ -17,7 +17,7 @@ import optax
 from etils import epath
 
 from dpo_jax import build, metrics, optim, rundir
-from dpo_jax.data.packing import pack
+from dpo_jax.data.packing import pack, real_tokens
 from dpo_jax.experiment import Experiment
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models.attention import attention
@@ -256,7 +256,7 @@ class Stepper:
         host = self.setup.loader.batch(step)
         key = jax.random.fold_in(jax.random.key(self.member.experiment.run.seed), step)
         batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
-        tokens = build.real_tokens(host)
+        tokens = real_tokens(host)
         if self.algorithm.fused:
             self._state, values = self.ready(batch, key)(self._state, frozen, batch, key)
             return [(values, tokens)]

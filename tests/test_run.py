@@ -16,6 +16,7 @@ import dpo_jax
 from dpo_jax import build, description, experiment, optim
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.data.packing import data_digest
 from dpo_jax.structs import TrainState
 from dpo_jax.train import Result
 from dpo_jax.worlds import sentiment
@@ -79,8 +80,8 @@ def test_experiment_json_resolves_values_and_digests(dpo):
         sentiment.tokenizer(),
         EXPERIMENT.algorithm(build.model(EXPERIMENT)),
     )
-    assert stored["data"] == build.data_digest(known.groups)
-    assert stored["data"] != build.data_digest(known.groups[1:])
+    assert stored["data"] == data_digest(known.groups)
+    assert stored["data"] != data_digest(known.groups[1:])
 
 
 def test_metrics_have_the_names_of_trl(dpo):

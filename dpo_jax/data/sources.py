@@ -76,8 +76,7 @@ def read(
 
 
 def first(source: Source, *, layout: Layout | None = None) -> Record:
-    """The first record of a source that has no fault; what follows is not read. Errors as `read`.
-    """
+    """The first record of a source without a fault; what follows is not read. Errors as `read`."""
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     for where, raw in _rows(source):
