@@ -1,25 +1,21 @@
 """What the values of an experiment become: tokenizer, model, weights, groups."""
 
-import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from dpo_jax import parallel, rundir, sampling
-from dpo_jax.data import conversations, sources, template
+from dpo_jax import parallel, parts, rundir, sampling
+from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
-from dpo_jax.models import hf
-from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
 from dpo_jax.values import show
 
@@ -67,87 +63,6 @@ class Setup:
     flops_per_token: float
 
 
-def mesh(experiment: Experiment) -> jax.sharding.Mesh:
-    """The mesh of run.mesh over all devices."""
-    return parallel.make_mesh(**asdict(experiment.run.mesh))
-
-
-def config(experiment: Experiment) -> Config:
-    """The architecture: the experiment's own, or that of its parents."""
-    if experiment.model is not None:
-        return experiment.model
-    if isinstance(experiment.parent, Experiment):
-        return config(experiment.parent)
-    assert experiment.parent is not None, "an Experiment has a model or a parent"
-    home = epath.Path(experiment.parent)
-    if rundir.is_run(home):
-        return Config(**rundir.read(home)["model"])
-    return hf.read_config(hf.folder(experiment.parent))
-
-
-def model(experiment: Experiment) -> Model:
-    """The decoder in the run's dtype; equal values give the same object and its compilations."""
-    return _decoder(config(experiment), experiment.run.dtype, experiment.run.remat)
-
-
-@lru_cache(maxsize=16)
-def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
-    return decoder(architecture, dtype=dtype, remat=remat)
-
-
-def trained_shapes(experiment: Experiment) -> Params:
-    """Shapes of what a run trains: the decoder's weights and the heads that its algorithm adds."""
-    decoder_model = model(experiment)
-    algorithm = experiment.algorithm(decoder_model)
-
-    def trained(key: jax.Array) -> Params:
-        params = decoder_model.init(key)
-        return algorithm.init(key, params, {name: params for name in algorithm.frozen})[0]
-
-    return jax.eval_shape(trained, jax.random.key(0))
-
-
-def tokenizer(experiment: Experiment) -> Any:
-    """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
-    what a function makes, or read from a folder or name."""
-    wanted, written = experiment.data.tokenizer, experiment.data.template
-    made = wanted() if callable(wanted) else _pretrained(wanted)
-    if written is not None:
-        made = copy.deepcopy(made)  # a function may give the same one again
-        made.chat_template = conversations.chat_template(written)
-    return made
-
-
-def _pretrained(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{name}: no tokenizer there ({reason})") from None
-
-
-class Policy(NamedTuple):
-    """What can be sampled from."""
-
-    model: Model
-    params: Params
-    tokenizer: Any
-
-
-def from_folder(name: str) -> Policy:
-    """A model of Hugging Face, a folder or hub name, with its own tokenizer, on the first device.
-
-    Raises: BadInput where there is none, or a run directory, which does not hold its tokenizer.
-    """
-    if rundir.is_run(epath.Path(name)):
-        raise BadInput(f"{name} is a run: name its experiment, or `dpo-jax export` it to a folder")
-    home = hf.folder(name)
-    decoder_model, params, _ = hf.load(home)
-    return Policy(decoder_model, params, _pretrained(str(home)))
-
-
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
     """Parent and records; `run` trains what is missing among parents and sampled data."""
     wanted = experiment.evaluation
@@ -180,37 +95,13 @@ def _parents(experiment: Experiment, run: Callable[..., Any]) -> Params | None:
     if parent is None:
         return None
     made = isinstance(parent, Experiment)
-    return _inherited(experiment, run(parent).params if made else _stored(experiment, parent))
-
-
-def _stored(experiment: Experiment, parent: str) -> Params:
-    """The weights of a parent that is a path: those of a run, heads too, or of a model folder."""
-    home, places = epath.Path(parent), mesh(experiment)
-    if not rundir.is_run(home):
-        rundir.say(f"{experiment.name}: starts from the weights of {parent}")
-        return hf.load(parent, sharding=places, dtype=experiment.run.dtype)[1]
-    shapes = jax.eval_shape(model(experiment).init, jax.random.key(0))
-    return rundir.load_weights(home, {**shapes, **rundir.heads(home, shapes)}, places)
-
-
-def _inherited(experiment: Experiment, params: Params) -> Params:
-    """A parent's weights as this run stores them, without the heads that it does not train."""
-    wanted = trained_shapes(experiment)
-    others = sorted(params.keys() - wanted.keys())
-    if others:
-        rundir.say(
-            f"{experiment.name}: starts without {', '.join(others)} of its parent, which "
-            f"{show(experiment.algorithm)} does not train"
-        )
-    kept = {name: params[name] for name in wanted if name in params}
-    shapes = {name: wanted[name] for name in kept}
-    # the dtype of a parent may be another
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), kept, shapes)
+    params = run(parent).params if made else parts.stored(experiment, parent)
+    return parts.inherited(experiment, params)
 
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
     """Model, weights, algorithm and batches, on the mesh."""
-    decoder_model = model(experiment)
+    decoder_model = parts.model(experiment)
 
     def bind(numbers: dict[str, Any]) -> Algorithm:
         return with_numbers(experiment, numbers).algorithm(decoder_model)
@@ -266,7 +157,7 @@ def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -
     """The parent's weights, or those that run.seed draws, on the mesh."""
     if given.params is not None:
         return jax.device_put(given.params, parallel.shardings(mesh, given.params))
-    init = model(experiment).init
+    init = parts.model(experiment).init
     places = parallel.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
 
@@ -318,19 +209,15 @@ def counted_records(
         return [], {}
     options: dict[str, Any] = {} if data is None else {"on_bad": data.on_bad, "layout": data.layout}
     if isinstance(source, Sampled):
-
-        def policy(parent: Experiment | str) -> Any:
-            return run(parent) if isinstance(parent, Experiment) else from_folder(parent)
-
-        source, options["layout"] = str(sampled_pairs(source, policy)), None
+        source, options["layout"] = str(sampled_pairs(source, run)), None
     return sources.read(source, **options)
 
 
 def readers(experiment: Experiment) -> tuple[Any, Algorithm]:
     """(tokenizer, algorithm): what makes groups of records. Raises BadInput where they do not fit
     the model and the run."""
-    made, algorithm = tokenizer(experiment), experiment.algorithm(model(experiment))
-    room = config(experiment).V
+    made, algorithm = parts.tokenizer(experiment), experiment.algorithm(parts.model(experiment))
+    room = parts.config(experiment).V
     if len(made) > room:
         raise BadInput(f"model.V={room} is less than the tokenizer's {len(made)} tokens")
     _check_algorithm(experiment, algorithm)
@@ -379,7 +266,7 @@ def grouped(experiment: Experiment, found: Records, made: Any, algorithm: Algori
             groups, before = arrange(groups), len({group.record for group in groups})
             arranged.append((show(arrange), len({group.record for group in groups}), before))
     groups = algorithm.prepare(groups, data.row_tokens)
-    _check_places(model(experiment), groups)
+    _check_places(parts.model(experiment), groups)
     return Grouped(groups, counts, tuple(arranged))
 
 
@@ -394,3 +281,20 @@ def _check_places(model: Model, groups: Sequence[Group]) -> None:
             f"positions: set data.row_tokens={model.places}, and data.truncation says what becomes "
             "of longer ones"
         )
+
+
+def data_digest(groups: Sequence[Group]) -> str:
+    """8 hex digits over the token ids of all groups and which of them count, in order."""
+    whole = hashlib.sha256()
+    for group in groups:
+        for ids in (group.prompt, *group.responses):
+            whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
+        for mask in group.scored or ():
+            whole.update(mask.tobytes() + b"|")
+    return whole.hexdigest()[:8]
+
+
+def real_tokens(batch: Batch) -> int:
+    """Places that hold tokens: a later place sees each but the last of a response."""
+    own_T = np.arange(1, batch.until_RT.shape[1] + 1)
+    return int((batch.until_RT > own_T[None, :]).sum() + (batch.end_RGK >= 0).sum())

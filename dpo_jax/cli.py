@@ -130,7 +130,8 @@ def command(argv: list[str]) -> int:
     flags = [word for word in rest if word.startswith("-")]
     if flags:
         path = flags[0].lstrip("-")
-        wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], ["--help"])
+        known = [*FLAGS.get(arguments.command, {}), "--help"]
+        wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], known)
         raise BadInput(f"no argument {flags[0]!r}{wanted}")
     if arguments.command == "losses":
         return _losses(arguments.what)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dpo_jax import agreement, build, evaluate, losses, rundir, train
+from dpo_jax import agreement, build, evaluate, losses, parts, rundir, train
 from dpo_jax import export as exporting
 from dpo_jax import score as scoring
 from dpo_jax.algorithms.preference import preference
@@ -95,8 +95,8 @@ def untrained(where: str, overrides: Overrides, *, compared: bool = False) -> Re
         evaluation=Evaluation(prompts=STDIN),
     )
     experiment = override(plain, overrides)
-    model, made = build.model(experiment), build.tokenizer(experiment)
-    params = build.start(experiment, build.mesh(experiment), train.run)
+    model, made = parts.model(experiment), parts.tokenizer(experiment)
+    params = build.start(experiment, parts.mesh(experiment), train.run)
     return Result(epath.Path(home), experiment, model, params, made, {})
 
 
@@ -185,8 +185,8 @@ def _converse(result: Result, wanted: Evaluation, chat: bool) -> None:
 def _drawn(
     result: Result, wanted: Evaluation, asked: list[dict[str, Any]], rewards: Any, key: jax.Array
 ) -> evaluate.Completions:
-    parts = result.model, result.params, {}, asked, result.tokenizer
-    return evaluate.completions(*parts, rewards=rewards, key=key, **wanted.drawing)
+    given = result.model, result.params, {}, asked, result.tokenizer
+    return evaluate.completions(*given, rewards=rewards, key=key, **wanted.drawing)
 
 
 # score

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dpo_jax import build, functions, rundir
+from dpo_jax import functions, parts, rundir
 from dpo_jax.algorithms.reward import HEAD
 from dpo_jax.data import template
 from dpo_jax.experiment import Evaluation
@@ -38,7 +38,7 @@ def export(
     Errors: BadInput for a folder that holds something, and for an architecture or a tokenizer that
     cannot be written.
     """
-    home, config = epath.Path(folder).expanduser(), build.config(run.experiment)
+    home, config = epath.Path(folder).expanduser(), parts.config(run.experiment)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise BadInput(f"{folder} holds something already: give a new folder, or empty this one")
     families.write(config)  # refuses before anything is written

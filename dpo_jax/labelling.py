@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import rundir
+from dpo_jax import parts, rundir
 from dpo_jax.data import sources
 from dpo_jax.data.faults import listed
 from dpo_jax.data.layouts import CONTEXT
@@ -30,7 +30,7 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
     if file.exists():
         rundir.say(f"{file}: finished before, reused")
         return file
-    result = run(parent)
+    result = run(parent) if isinstance(parent, Experiment) else parts.from_folder(parent)
     prompts, skipped = sources.read(wanted.prompts)
     if skipped:
         rundir.say(f"prompts: skipped {listed(skipped)}")

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from dpo_jax import build, evaluate, metrics, optim, rundir
+from dpo_jax import build, evaluate, metrics, optim, parts, rundir
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data.packing import data_digest
 from dpo_jax.experiment import Experiment
 from dpo_jax.parallel import shardings
 from dpo_jax.structs import Algorithm, Model, Params, TrainState
@@ -41,9 +40,9 @@ def finished(
     if last is None:
         return None
     rundir.say(f"{home}: finished before, reused")
-    params = rundir.load_weights(home, build.trained_shapes(experiment), mesh)
+    params = rundir.load_weights(home, parts.trained_shapes(experiment), mesh)
     return Result(
-        home, experiment, build.model(experiment), params, build.tokenizer(experiment), last
+        home, experiment, parts.model(experiment), params, parts.tokenizer(experiment), last
     )
 
 
@@ -77,8 +76,8 @@ class Member:
 
     def claim(self) -> None:
         """Make the directory this run's."""
-        digest = data_digest(self.setup.loader.groups)
-        rundir.claim(self.experiment, self.home, build.config(self.experiment), digest)
+        digest = build.data_digest(self.setup.loader.groups)
+        rundir.claim(self.experiment, self.home, parts.config(self.experiment), digest)
 
     def measure(self, step: int, state: TrainState) -> None:
         """Held-out metrics and samples become `last`; the samples are written."""

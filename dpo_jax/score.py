@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import build, losses, optim, train
+from dpo_jax import build, losses, optim, parts, train
 from dpo_jax.agreement import Judged, Row
 from dpo_jax.algorithms import margins
 from dpo_jax.algorithms.preference import preference
@@ -206,7 +206,7 @@ def _flat(x_RGK: Array) -> jax.Array:
 
 def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray]]:
     """Every column as a list of x_K, in the order of the groups."""
-    mesh = build.mesh(judge.run.experiment)
+    mesh = parts.mesh(judge.run.experiment)
     reference = None if judge.reference is None else judge.reference[1]
     longest = max(group.tokens for group in groups)
     alone = [replace(group, record=b) for b, group in enumerate(groups)]  # a record may make many
@@ -236,7 +236,7 @@ def _own_reference(run: Result) -> Params:
     """The weights that the run compared with at its end."""
     experiment = run.experiment
     if parts_of(experiment.algorithm)[1]["reference"] is None:
-        return build.start(experiment, build.mesh(experiment), train.run)
+        return build.start(experiment, parts.mesh(experiment), train.run)
     return _moved_reference(run)
 
 
@@ -252,7 +252,7 @@ def _moved_reference(run: Result) -> Params:
         params, memory = algorithm.init(key, init(key), {})
         return TrainState(jnp.int32(0), params, tx.init(params), memory, jnp.int32(0))
 
-    mesh = build.mesh(experiment)
+    mesh = parts.mesh(experiment)
     wanted = abstract(mesh, jax.eval_shape(state, jax.random.key(0)))
     found, _ = Checkpoints(run.directory / "checkpoints").restore(wanted, experiment.run.steps)
     return move(found.step, run.params, found.memory["reference"])

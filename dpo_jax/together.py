@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import build, optim, parallel, rundir
+from dpo_jax import build, optim, parallel, parts, rundir
 from dpo_jax.data.loader import alike
-from dpo_jax.data.packing import real_tokens
 from dpo_jax.experiment import Experiment, canonical, describe, options, with_numbers
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.structs import BadInput, Batch, Metrics, TrainState
@@ -38,7 +37,7 @@ def run_all(
     for places in programs(members):
         missing = []
         for i in places:
-            done = finished(members[i], build.mesh(members[i]), homes[i])
+            done = finished(members[i], parts.mesh(members[i]), homes[i])
             results |= {} if done is None else {i: done}
             missing += [i] if done is None else []
         pairs = [(members[i], homes[i]) for i in missing]
@@ -126,7 +125,7 @@ class Together:
         self._states_M, values_M = self.update(
             self.numbers_M, self._states_M, self.setup.frozen, batch, self.keys_M, step
         )
-        tokens = [real_tokens(each) for each in host]
+        tokens = [build.real_tokens(each) for each in host]
         tokens = tokens * len(self.members) if self.one_data else tokens
         return list(zip(self.parts(values_M), tokens, strict=True))
 

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from etils import epath
 
-from dpo_jax import build, metrics, optim, rundir
-from dpo_jax.data.packing import pack, real_tokens
+from dpo_jax import build, metrics, optim, parts, rundir
+from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models.attention import attention
@@ -89,7 +89,7 @@ def run(experiment: Experiment, *, directory: str | None = None) -> Result:
     Raises: BadInput for input that cannot be used; SystemExit 143 or 130 after SIGTERM or SIGINT,
     with a checkpoint saved.
     """
-    mesh = build.mesh(experiment)
+    mesh = parts.mesh(experiment)
     done = finished(experiment, mesh, directory)
     if done is not None:
         return done
@@ -256,7 +256,7 @@ class Stepper:
         host = self.setup.loader.batch(step)
         key = jax.random.fold_in(jax.random.key(self.member.experiment.run.seed), step)
         batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
-        tokens = real_tokens(host)
+        tokens = build.real_tokens(host)
         if self.algorithm.fused:
             self._state, values = self.ready(batch, key)(self._state, frozen, batch, key)
             return [(values, tokens)]
@@ -322,7 +322,7 @@ def trace(experiment: Experiment) -> Metrics:
     Traces init, collect, measure and objective of the experiment's algorithm over its model, on
     one row of one group of two responses that has every column a loss may read.
     """
-    model = build.model(experiment)
+    model = parts.model(experiment)
     algorithm = experiment.algorithm(model)
     ids, score = np.ones(1, np.int32), {"scores": np.zeros((2, 1)), "criteria": ("score",)}
     group = Group(ids, [ids, ids], label=1.0, soft_label=1.0, margin=0.0, **score)

@@ -141,5 +141,5 @@ def test_models_and_experiments_are_told_apart(place):
 
 
 def test_a_cut_that_keeps_nothing_is_refused():
-    with pytest.raises(BadInput, match="top_p=0.0: it must be above 0"):
+    with pytest.raises(BadInput, match=r"top_p=0.0: it must be above 0"):
         Evaluation(prompts="x.jsonl", top_p=0.0)

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import EXPERIMENT, PAIRS, SFT
 
 import dpo_jax
-from dpo_jax import build
+from dpo_jax import parts
 from dpo_jax.experiment import Evaluation, Experiment, override
 from dpo_jax.models import hf
 from dpo_jax.models.transformer import decoder
@@ -60,4 +60,4 @@ def test_what_is_no_parent_is_refused(place: Path):
     with pytest.raises(BadInput, match=r"nowhere.config\.json"):
         dpo_jax.run(replace(started(SFT), parent="nowhere"))
     with pytest.raises(BadInput, match="name its experiment"):
-        build.from_folder(str(dpo_jax.run(started(SFT)).directory))
+        parts.from_folder(str(dpo_jax.run(started(SFT)).directory))

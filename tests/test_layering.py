@@ -33,6 +33,7 @@ LAYERS = (
     {"description"},
     {"experiment", "evaluate"},
     {"rundir"},
+    {"parts"},
     {"labelling"},
     {"build"},
     {"member"},

@@ -28,7 +28,7 @@ from tiny import relative_error
 from tiny_runs import timeless
 
 import dpo_jax
-from dpo_jax import build, losses, parallel
+from dpo_jax import build, losses, parallel, parts
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.reference import soft_update
 from dpo_jax.checkpoint import Checkpoints
@@ -259,7 +259,7 @@ RUNS = {
 
 
 def last_state(run: Experiment, directory: str) -> TrainState:
-    mesh = build.mesh(run)
+    mesh = parts.mesh(run)
     setup = build.setup(run, mesh, build.materials(run, dpo_jax.run))
     like = parallel.abstract(mesh, Member(run, setup, directory).start())
     state, step = Checkpoints(f"{directory}/checkpoints").restore(like)

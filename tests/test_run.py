@@ -13,10 +13,9 @@ from tiny import relative_error
 from tiny_runs import EXPERIMENT, SFT, rows, snapshot
 
 import dpo_jax
-from dpo_jax import build, description, experiment, optim
+from dpo_jax import build, description, experiment, optim, parts
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data.packing import data_digest
 from dpo_jax.structs import TrainState
 from dpo_jax.train import Result
 from dpo_jax.worlds import sentiment
@@ -78,10 +77,10 @@ def test_experiment_json_resolves_values_and_digests(dpo):
         EXPERIMENT,
         build.read_records("data.source", str(pairs), dpo_jax.run),
         sentiment.tokenizer(),
-        EXPERIMENT.algorithm(build.model(EXPERIMENT)),
+        EXPERIMENT.algorithm(parts.model(EXPERIMENT)),
     )
-    assert stored["data"] == data_digest(known.groups)
-    assert stored["data"] != data_digest(known.groups[1:])
+    assert stored["data"] == build.data_digest(known.groups)
+    assert stored["data"] != build.data_digest(known.groups[1:])
 
 
 def test_metrics_have_the_names_of_trl(dpo):

@@ -8,7 +8,6 @@ A part is a prompt or a response; the arrays named part_* run over all parts in 
 named flat_* over all real tokens in the same order.
 """
 
-import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -330,23 +329,3 @@ def _row_tokens_for(size_B: Sequence[int], scored_B: Sequence[int], rows: int) -
     while not any(True for _ in arrangements(size_B, scored_B, rows, row_tokens)):
         row_tokens += 1 + row_tokens // 64
     return row_tokens
-
-
-# What is in groups and batches
-
-
-def data_digest(groups: Sequence[Group]) -> str:
-    """8 hex digits over the token ids of all groups and which of them count, in order."""
-    whole = hashlib.sha256()
-    for group in groups:
-        for ids in (group.prompt, *group.responses):
-            whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
-        for mask in group.scored or ():
-            whole.update(mask.tobytes() + b"|")
-    return whole.hexdigest()[:8]
-
-
-def real_tokens(batch: Batch) -> int:
-    """Places that hold tokens: a later place sees each but the last of a response."""
-    own_T = np.arange(1, batch.until_RT.shape[1] + 1)
-    return int((batch.until_RT > own_T[None, :]).sum() + (batch.end_RGK >= 0).sum())
