@@ -176,9 +176,14 @@ def _converse(result: Result, wanted: Evaluation, chat: bool) -> None:
         except EOFError:
             print()
             return
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             asked = [_asked(line, number, chat)]
             drawn = _drawn(result, wanted, asked, (), jax.random.fold_in(key, number))
+        except BadInput as error:  # of this line; there will be others
+            rundir.say(str(error))
+        else:
             print(*drawn.texts[0], sep="\n")
 
 

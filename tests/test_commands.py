@@ -60,18 +60,17 @@ def test_a_prompt_a_line(sft, say):
 def test_line_by_line_on_a_terminal(sft, say):
     greedy = ["evaluation.temperature=0", "evaluation.max_tokens=5"]
     rows = say("the film\nthe editing was\n", "sft.py", *greedy)
-    lines = say("the film\n\nthe editing was\n", "sft.py", *greedy, terminal=True)
-    assert [line.removeprefix("> ").removeprefix("> ") for line in lines if line.strip("> ")] == [
-        row["response"] for row in rows
-    ]
+    lines = say("the film\n\nunknown\nthe editing was\n", "sft.py", *greedy, terminal=True)
+    said = [line.lstrip("> ") for line in lines if line.strip("> ")]
+    assert said == [row["response"] for row in rows]
 
 
 def test_a_folder_says_what_its_run_says(sft, say):
     export(sft, "policy")
     greedy = ["evaluation.temperature=0", "evaluation.max_tokens=5"]
     for row, other in zip(
-        say("the film\nan actor\n", "sft.py", *greedy),
-        say("the film\nan actor\n", "policy", *greedy),
+        say("the film\nwe cheered during this\n", "sft.py", *greedy),
+        say("the film\nwe cheered during this\n", "policy", *greedy),
         strict=True,
     ):
         assert row["response"] == other["response"]

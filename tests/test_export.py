@@ -64,7 +64,7 @@ def test_transformers_reads_all_but_the_weights_without_torch(sft, folder):
 
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     assert tokenizer.get_vocab() == sft.tokenizer.get_vocab()
-    text = "the editing was dull and the film is not good ."
+    text = "the good editing made it seriously long"
     assert tokenizer(text)["input_ids"] == sft.tokenizer(text)["input_ids"]
     assert config.model_type == "llama" and config.eos_token_id == sft.tokenizer.eos_token_id
     drawing = GenerationConfig.from_pretrained(folder)
@@ -132,19 +132,19 @@ def test_the_command_writes_a_folder_that_takes_the_place_of_the_run(sft, capsys
     Path("dpo.py").write_text("from test_score import BARE as EXPERIMENT\n")
     dpo_jax.run(BARE)
     for name in ("sft", "dpo"):
-        assert cli.main(["export", f"{name}.py", f"out/{name}"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "out/dpo"
+        assert cli.main(["export", f"{name}.py", f"made/{name}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "made/dpo"
     pairs = str(next(Path("runs").glob("sft-pairs-*/pairs.jsonl")))
     assert cli.main(["score", "dpo.py", pairs, "--out", "run.jsonl"]) == 0
-    words = ["--reference", "out/sft", "algorithm.loss.beta=0.5", "--out", "folder.jsonl"]
-    assert cli.main(["score", "out/dpo", pairs, *words]) == 0
+    words = ["--reference", "made/sft", "algorithm.loss.beta=0.5", "--out", "folder.jsonl"]
+    assert cli.main(["score", "made/dpo", pairs, *words]) == 0
     run, other = (
         [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
         for name in ("run", "folder")
     )
     for one, two in zip(run, other, strict=True):
         np.testing.assert_allclose(one["scores"], two["scores"], atol=1e-5)
-    assert cli.main(["score", "out/dpo", pairs, "--out", "free.jsonl"]) == 0
+    assert cli.main(["score", "made/dpo", pairs, "--out", "free.jsonl"]) == 0
     free = [json.loads(line) for line in Path("free.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(free[0]["scores"], run[0]["logps"], atol=1e-4)
 
