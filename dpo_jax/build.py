@@ -284,13 +284,18 @@ def _check_places(model: Model, groups: Sequence[Group]) -> None:
 
 
 def data_digest(groups: Sequence[Group]) -> str:
-    """8 hex digits over the token ids of all groups and which of them count, in order."""
+    """8 hex digits over all that is learned from: token ids, which of them count, scores, labels
+    and weights of all groups, in order."""
     whole = hashlib.sha256()
     for group in groups:
         for ids in (group.prompt, *group.responses):
             whole.update(np.asarray(ids, np.int32).tobytes() + b"|")
         for mask in group.scored or ():
             whole.update(mask.tobytes() + b"|")
+        if group.scores is not None:
+            whole.update(np.asarray(group.scores, np.float64).tobytes())
+        said = (group.label, group.soft_label, group.margin, group.weight, group.criteria)
+        whole.update(repr(said).encode())
     return whole.hexdigest()[:8]
 
 
