@@ -40,7 +40,7 @@ LAYERS = (
     {"train"},
     {"together"},
     {"frontier", "sweep", "plan", "check", "inspect_data", "score", "export", "report"},
-    {"commands"},
+    {"commands", "usage"},
     {"cli"},
     {"experiments", "scripts"},
 )
