@@ -77,10 +77,13 @@ def names_model(where: str) -> bool:
     return "/" in where or epath.Path(where).is_dir()
 
 
-def untrained(where: str, overrides: Overrides, *, compared: bool = False) -> Result:
+def untrained(
+    where: str, overrides: Overrides, *, compared: bool = False, like: Run | None = None
+) -> Result:
     """A model of Hugging Face as a run that trained nothing.
 
-    compared: it scores as DPO does, beside a reference. Raises: BadInput where there is none.
+    compared: it scores as DPO does, beside a reference. like: a run on whose mesh it is placed, in
+    its dtype. Raises: BadInput where there is none.
     """
     if rundir.is_run(epath.Path(where)):
         raise BadInput(f"{where} is a run: name its experiment, or `dpo-jax export` it to a folder")
@@ -91,7 +94,7 @@ def untrained(where: str, overrides: Overrides, *, compared: bool = False) -> Re
         data=Data(source=STDIN, tokenizer=home, row_tokens=ENDLESS),
         algorithm=partial(preference, loss=partial(losses.dpo, beta=1.0)) if compared else sft,
         optim=Optim(learning_rate=0.0),
-        run=Run(steps=1),
+        run=Run(steps=1) if like is None else Run(steps=1, mesh=like.mesh, dtype=like.dtype),
         evaluation=Evaluation(prompts=STDIN),
     )
     experiment = override(plain, overrides)
@@ -213,7 +216,9 @@ def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None
         result,
         reference_free=arguments.reference_free,
         per_token=arguments.per_token,
-        reference=untrained(arguments.reference, {}) if compared else None,
+        reference=untrained(arguments.reference, {}, like=result.experiment.run)
+        if compared
+        else None,
     )
     options = {"plain": arguments.plain, "row_tokens": arguments.row_tokens}
     options["subset"] = arguments.subset or scoring.SUBSET
@@ -221,7 +226,11 @@ def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None
     for source in others:
         rows += [{"source": source, **row} for row in scoring.scores(judge, source, **options)]
     rows = _with_subsets(rows, arguments.subset, others)
-    found = agreement.rows([scoring.judged(row) for row in rows])
+    judged = [scoring.judged(row) for row in rows]
+    found = agreement.rows(judged)
+    ties = sum(len(each.scores) > 1 and not each.decided for each in judged)
+    if ties:
+        rundir.say(f"{ties} of {len(rows)} records are ties in the data and do not count")
     name = result.experiment.name
     if out is not None:
         lines = ({k: x for k, x in row.items() if k != "levels"} for row in rows)

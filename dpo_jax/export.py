@@ -72,7 +72,8 @@ def plain(run: Result) -> Params:
 def _ends(tokenizer: Any, chat: bool) -> list[int]:
     """What ends a generation: the end of a turn where there are turns, and EOS."""
     asked = [{"role": "user", "content": "a"}] if chat else "a"
-    return list(dict.fromkeys([template.response_end([asked], tokenizer), tokenizer.eos_token_id]))
+    ends = dict.fromkeys([template.response_end([asked], tokenizer), tokenizer.eos_token_id])
+    return [token for token in ends if token is not None]
 
 
 def _write_tokenizer(run: Result, folder: str) -> None:

@@ -147,7 +147,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
             parent.tokenizer,
             rewards=wanted.rewards[:1],
             key=jax.random.fold_in(jax.random.key(member.run.seed), start),
-            **(wanted.drawing | {"n": SAMPLES}),
+            **dict(wanted.drawing, n=SAMPLES),
         )
         scores += list(drawn.rewards.values())
     score_BK = np.concatenate(scores)
