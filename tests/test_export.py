@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from dpo_jax import cli, commands
 from dpo_jax.algorithms.reward import reward_scores
 from dpo_jax.data.packing import pack
 from dpo_jax.export import export
-from dpo_jax.models import hf
+from dpo_jax.models import families, hf
+from dpo_jax.models.hf_config import FAMILIES
+from dpo_jax.models.transformer import Config
 from dpo_jax.structs import BadInput
 from dpo_jax.train import Result
 
@@ -102,6 +105,19 @@ def test_a_reward_model_is_a_classifier(place):
     assert keys["pad_token_id"] != result.tokenizer.eos_token_id
     with pytest.raises(BadInput, match=r"unexpected \(score.weight\)"):
         hf.load("rewards")  # which the policy's loader does not take for a policy
+
+
+def test_every_family_has_a_classifier():
+    """The names of its classes stand in transformers' source, which needs no torch to be read."""
+    import transformers
+
+    folder = Path(transformers.__file__).parent / "models" / "auto"
+    source = (folder / "modeling_auto.py").read_text()
+    listed = source.partition("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES = ")[2]
+    named = dict(re.findall(r'\("(\w+)", "(\w+)"\)', listed.partition("\n)\n")[0]))
+    for family in FAMILIES:
+        wanted = Config(V=8, D=8, L=1, H=2, J=2, E=4, F=8, family=family)
+        assert families.classifier(wanted)["architectures"] == [named[family]]
 
 
 @pytest.mark.skipif(not TORCH, reason="needs torch (the extra parity) to run transformers' models")
