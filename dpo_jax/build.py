@@ -1,4 +1,4 @@
-"""What the values of an experiment become: tokenizer, model, weights, groups."""
+"""What the values of an experiment become: groups, and all that the loop needs."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,7 +274,7 @@ def _check_places(model: Model, groups: Sequence[Group]) -> None:
     """BadInput where a prompt and one response need more positions than the model has: a row may
     be longer than that, for the positions of every response begin behind its prompt."""
     sizes = [len(g.prompt) + max(map(len, g.responses), default=0) for g in groups]
-    if model.places is not None and max(sizes) > model.places:
+    if model.places is not None and max(sizes, default=0) > model.places:
         raise BadInput(
             f"data.row_tokens lets through a prompt and response of {max(sizes)} tokens (record "
             f"{groups[int(np.argmax(sizes))].record}), the model has model.P={model.places} "

@@ -130,6 +130,8 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if arguments.help:
         chosen = experiment.override(experiment.load(where).EXPERIMENT, overrides)
         print(listing(name, where, chosen, parser.format_help() if name in FLAGS else ""))
+    elif name == "inspect":
+        _inspect(arguments, overrides)
     elif name in READERS:
         from dpo_jax import commands
 
@@ -168,6 +170,20 @@ def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
     name = module.EXPERIMENT.name
     members = frontier_members(module, overrides)
     frontier.frontier(members, directory=directory or f"runs/{name}", name=name)
+
+
+def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from etils import epath
+
+    from dpo_jax import experiment, rundir
+    from dpo_jax.inspect_data import facts, page, terminal
+
+    chosen = experiment.override(experiment.load(arguments.experiment).EXPERIMENT, overrides)
+    file = epath.Path(arguments.html) if arguments.html else page.place(rundir.place(chosen))
+    found = facts.inspection(chosen, rows=arguments.rows, record=arguments.record)
+    page.write(found, file)
+    terminal.show(found, ids=arguments.ids, whole=arguments.record is not None)
+    print(f"page: {file}")
 
 
 def _losses(what: str) -> int:

@@ -22,11 +22,19 @@ AT_ONCE = 256  # prompts
 Records = list[dict[str, Any]]
 
 
+def place(wanted: Sampled) -> epath.Path:
+    """Where the records of a `Sampled` source lie, or will."""
+    return epath.Path(rundir.RUNS) / f"{_name(wanted)}-pairs-{digest(wanted)}" / "pairs.jsonl"
+
+
+def _name(wanted: Sampled) -> str:
+    parent = wanted.parent
+    return parent.name if isinstance(parent, Experiment) else epath.Path(parent).name
+
+
 def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
     """The file of a `Sampled` source; sampling, and training its parent, only when missing."""
-    parent = wanted.parent
-    name = parent.name if isinstance(parent, Experiment) else epath.Path(parent).name
-    file = epath.Path(rundir.RUNS) / f"{name}-pairs-{digest(wanted)}" / "pairs.jsonl"
+    parent, file, name = wanted.parent, place(wanted), _name(wanted)
     if file.exists():
         rundir.say(f"{file}: finished before, reused")
         return file

@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": "print responses of a finished run, or of a model folder in its place, to "
     "evaluation.prompts, a JSON line each; without any (or with -) to what is piped in, a prompt a "
     "line, or to what is typed, line by line until Ctrl-D",
+    "inspect": "show what the model will see of the data, token by token, and write it as a page",
     "score": "score every response in files of records by a finished run, or by a model folder in "
     "its place, and print how often chosen ones are above rejected ones",
     "export": "write a finished run as a folder that transformers' from_pretrained reads",
@@ -54,6 +55,12 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--out": {"metavar": "FILE", "help": "write a JSON line a record: scores, lengths, subset"},
         "--json": {"metavar": "FILE", "help": "write the table as JSON"},
+    },
+    "inspect": {
+        "--rows": {"type": int, "default": 3, "help": "groups shown of each source (3)"},
+        "--record": {"type": int, "help": "show this record of data.source, in full"},
+        "--ids": {"action": "store_true", "help": "show the id of every token"},
+        "--html": {"metavar": "FILE", "help": "the page; runs/<run>-inspect.html if none"},
     },
     "export": {
         "--dtype": {

@@ -1,18 +1,15 @@
 """Labels of an annotator as records: what is left out, and what the files of data read back."""
 
 import json
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dpo_jax.build import data_digest
 from dpo_jax.data.sources import read
 from dpo_jax.evaluate import Completions
 from dpo_jax.labelling import labelled
-from dpo_jax.structs import Group
 from dpo_jax.worlds.annotators import Label, noiseless, plackett_luce, thumbs, ties
 
 SCORES = [3.0, 1.0, 2.0, 0.0]
@@ -137,21 +134,3 @@ def test_every_label_reads_back(tmp_path, annotator, fields):
         by_text = dict(zip("abcd", map(list, zip(SCORES, LENGTHS, strict=True)), strict=True))
         assert record["scores"] == [by_text[text] for text in record["responses"]]
         assert all(record[name] == row[name] for name in fields)
-
-
-def test_the_digest_of_data_knows_everything_that_is_learned_from():
-    ids = np.arange(1, 4, dtype=np.int32)
-    group = Group(ids, [ids, ids[:2]], scored=[ids > 1, ids[:2] > 1], weight=1.0)
-    others = [
-        replace(group, prompt=ids[:2]),
-        replace(group, responses=[ids[:2], ids]),
-        replace(group, scored=[ids > 2, ids[:2] > 1]),
-        replace(group, scores=np.array([[1.0], [0.0]])),
-        replace(group, scores=np.array([[1.0], [0.5]])),
-        replace(group, label=1.0),
-        replace(group, soft_label=0.9),
-        replace(group, margin=1.0),
-        replace(group, weight=2.0),
-    ]
-    assert len({data_digest([each]) for each in (group, *others)}) == 1 + len(others)
-    assert data_digest([group]) == data_digest([replace(group, record=7)])
