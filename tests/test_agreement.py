@@ -66,6 +66,7 @@ def test_pairs_of_equal_levels_are_not_compared():
     found = row([ranking(1, 2, 0, 0, levels=[2, 2, 1, 0])], "x")
     # of the five pairs four are in order and one is tied
     assert (found["best"], found["pairs"], found["tau"]) == (1, 4 / 5, 4 / 5)
+    assert row([ranking(0, 2, 1, -1, levels=[2, 2, 1, 0])], "x")["best"] == 1  # one of the two is
     worse = row([ranking(1, 2, 3, 0, levels=[2, 2, 1, 0])], "x")
     assert (worse["best"], worse["pairs"], worse["tau"]) == (0, 3 / 5, pytest.approx(1 / 5))
 

@@ -1,5 +1,6 @@
 """A run goes out as a folder of Hugging Face and comes back the same."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -102,7 +103,13 @@ def test_a_reward_model_is_a_classifier(place):
     keys = json.loads(Path("rewards/config.json").read_text())
     assert keys["architectures"] == ["LlamaForSequenceClassification"]
     assert len(keys["id2label"]) == 1 and not Path("rewards/generation_config.json").exists()
-    assert keys["pad_token_id"] != result.tokenizer.eos_token_id
+    assert keys["pad_token_id"] == result.tokenizer.pad_token_id != result.tokenizer.eos_token_id
+    # the token before EOS is not to be taken for the last one
+    tokenizer = copy.deepcopy(result.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    export(replace(result, tokenizer=tokenizer), "rewards_padded_by_eos")
+    keys = json.loads(Path("rewards_padded_by_eos/config.json").read_text())
+    assert keys["pad_token_id"] is None and keys["eos_token_id"] == tokenizer.eos_token_id
     with pytest.raises(BadInput, match=r"unexpected \(score.weight\)"):
         hf.load("rewards")  # which the policy's loader does not take for a policy
 
