@@ -268,4 +268,4 @@ def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> M
     def unembed(params, hidden) -> Any:
         return module.apply({"params": params}, hidden, method=Decoder.unembed)
 
-    return Model(init, hidden, unembed)
+    return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
