@@ -32,8 +32,8 @@ EXPERIMENT = replace(
     hh.EXPERIMENT,
     name="real_gsm8k",
     parent=SFT,
-    data=SFT.data,
+    data=replace(SFT.data, row_tokens=640),  # room for a partner beside the longest
     algorithm=partial(preference, loss=partial(losses.kto, beta=0.1)),
-    run=SFT.run,
+    run=replace(SFT.run, steps=120),
     evaluation=Evaluation(),
 )

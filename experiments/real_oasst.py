@@ -32,6 +32,6 @@ EXPERIMENT = replace(
     parent=SFT,
     data=LISTS,
     algorithm=partial(preference, loss=partial(losses.plackett_luce_dpo, beta=0.1)),
-    run=SFT.run,
+    run=replace(SFT.run, steps=40),
     evaluation=Evaluation(),
 )
