@@ -137,7 +137,11 @@ def unpaired_margin(groups: Sequence[Judged]) -> Estimate:
 
 def tau(groups: Sequence[Judged]) -> Estimate:
     """Kendall's tau between the human order and the rewards, a list at a time."""
-    return mean(groups, lambda x_K: float(stats.kendalltau(range(len(x_K)), -x_K)[0]))  # type: ignore[arg-type]
+
+    def of(reward_K: np.ndarray) -> float:
+        return float(np.asarray(stats.kendalltau(np.arange(len(reward_K)), -reward_K))[0])
+
+    return mean(groups, of)
 
 
 PAIRED = {"margin": margin, "accuracy": accuracy}
