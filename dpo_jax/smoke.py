@@ -1,6 +1,6 @@
 """Experiments on models and data of the hub in small, to be run anywhere in seconds.
 
-    SMOKE = smoke(EXPERIMENT)        # then: dpo-jax train experiments/x.py:SMOKE
+SMOKE = smoke(EXPERIMENT)        # then: dpo-jax train experiments/x.py:SMOKE
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dpo_jax.worlds import lookalikes
 
 STEPS, GROUPS, ROW_TOKENS = 3, 4, 160
 ROWS, HELD_OUT_ROWS = 24, 8
-SIZES = (400, 32, 2, 4, 4, 8, 64)  # V D L H J E F
+SIZES = (400, 32, 1, 4, 4, 8, 64)  # V D L H J E F
 MODELS = {
     "EleutherAI/pythia-2.8b": Config(
         *SIZES,

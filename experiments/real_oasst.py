@@ -1,6 +1,7 @@
 """dpo-jax train experiments/real_oasst.py: Plackett-Luce DPO from scratch on ranked conversations.
-Cost: TODO minutes on 2 CPU cores.
-Result: TODO; `python scripts/real_data.py` adds the intervals. Data: see _folder.py.
+Cost: 6 minutes on 2 busy CPU cores, SFT included; 3 minutes of CPU time.
+Result: Kendall tau 0.97 [0.94, 0.99] on the lists trained on, of which `python
+scripts/real_data.py` gives the interval (docs/results.md). Data: see _folder.py.
 """
 
 from dataclasses import replace
@@ -32,6 +33,6 @@ EXPERIMENT = replace(
     parent=SFT,
     data=LISTS,
     algorithm=partial(preference, loss=partial(losses.plackett_luce_dpo, beta=0.1)),
-    run=SFT.run,
+    run=replace(SFT.run, steps=40),
     evaluation=Evaluation(),
 )

@@ -4,8 +4,8 @@
 
 Names: hh blimp gsm8k oasst, all of them by default. Rewards are beta (log p - log p_ref) with the
 SFT run as the reference, taken anew from the weights of the finished runs. An accuracy has its
-exact binomial interval; all else is bootstrapped over prompts (for oasst: trees), for what is said
-to one prompt is not independent.
+exact binomial interval; all else is bootstrapped over prompts (for oasst: trees; where there
+is no prompt: pairs), for what is said to one prompt is not independent.
 """
 
 import argparse
@@ -70,10 +70,11 @@ def judged(result: train.Result) -> tuple[list[Judged], list[Judged]]:
 def _groups(batch: Batch, reward_RGK: np.ndarray, records: list) -> Iterator[Judged]:
     for place in np.argwhere(batch.record_RG >= 0):
         r, g = place
-        prompt = records[batch.record_RG[r, g]]["prompt"]
+        record = records[batch.record_RG[r, g]]
+        prompt = record["prompt"]
         said = prompt[0]["content"] if is_conversation(prompt) else prompt
         label = None if batch.label_RG is None else float(batch.label_RG[r, g])
-        yield Judged(said, label, reward_RGK[r, g][batch.end_RGK[r, g] >= 0])
+        yield Judged(said or record["where"], label, reward_RGK[r, g][batch.end_RGK[r, g] >= 0])
 
 
 # Numbers with intervals
@@ -108,9 +109,8 @@ def clustered(prompts: Sequence[str], sums_BX: np.ndarray, value: Callable) -> E
         return value(*(column.sum(axis=axis) for column in columns))
 
     columns = tuple(sums_CX.T)
-    found = stats.bootstrap(
-        columns, statistic, paired=True, confidence_level=LEVEL, rng=np.random.default_rng(0)
-    ).confidence_interval
+    options = {"confidence_level": LEVEL, "rng": np.random.default_rng(0), "method": "percentile"}
+    found = stats.bootstrap(columns, statistic, paired=True, **options).confidence_interval
     return Estimate(float(statistic(*columns)), float(found.low), float(found.high), len(prompts))
 
 
@@ -137,7 +137,11 @@ def unpaired_margin(groups: Sequence[Judged]) -> Estimate:
 
 def tau(groups: Sequence[Judged]) -> Estimate:
     """Kendall's tau between the human order and the rewards, a list at a time."""
-    return mean(groups, lambda x_K: stats.kendalltau(np.arange(len(x_K)), -x_K).statistic)
+
+    def of(reward_K: np.ndarray) -> float:
+        return float(np.asarray(stats.kendalltau(np.arange(len(reward_K)), -reward_K))[0])
+
+    return mean(groups, of)
 
 
 PAIRED = {"margin": margin, "accuracy": accuracy}

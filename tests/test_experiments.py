@@ -22,7 +22,9 @@ def without_the_hub(value: Experiment) -> Experiment:
     """The experiment with the architecture of a parent on the hub in place of its weights."""
     if isinstance(value.parent, Experiment):
         return replace(value, parent=without_the_hub(value.parent))
-    return value if value.parent is None else replace(value, parent=None, model=MODELS[value.parent])
+    if value.parent is None:
+        return value
+    return replace(value, parent=None, model=MODELS[value.parent])
 
 
 def test_the_demo_is_there():

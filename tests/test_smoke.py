@@ -23,6 +23,9 @@ FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 LARGE = [path for path in sorted(FOLDER.glob("[!_]*.py")) if "\nSMOKE = " in path.read_text()]
 DPO = [path for path in LARGE if not path.stem.endswith("_sft")]
 
+# Two passes over the same weights in bfloat16 are fused in different ways: 2**-9 a logit.
+ROUNDING = 1e-2
+
 
 def chain(value: Experiment) -> list[Experiment]:
     """An experiment and its parents, as far as they are experiments."""
@@ -58,7 +61,7 @@ def test_a_smoke_trains_offline(path: Path, place: Path):
     result = dpo_jax.run(experiment.load(f"{path}:SMOKE").EXPERIMENT)
     lines = [row for row in tiny_runs.rows(result.directory) if "loss" in row]
     assert len(lines) == 3 and all(np.isfinite(row["loss"]) for row in lines)
-    np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(lines[0]["loss"], np.log(2), atol=ROUNDING)
     assert lines[-1]["rewards/margins"] != 0 and "eval_rewards/accuracies" in result.metrics
 
 
@@ -88,7 +91,7 @@ def test_the_real_path_from_a_folder(place: Path):
     short = {"evaluation.source": None, "run.steps": 1, "optim.warmup": 0, "run.microbatches": 1}
     result = dpo_jax.run(override(module.EXPERIMENT, given | short | {"data.row_tokens": 160}))
     (line,) = [row for row in tiny_runs.rows(result.directory) if "loss" in row]
-    np.testing.assert_allclose(line["loss"], np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(line["loss"], np.log(2), atol=ROUNDING)
     assert result.tokenizer.chat_template == lookalikes.TULU3
     shutil.rmtree("llama")
 

@@ -93,7 +93,8 @@ SENTENCES = [{"text": f"the {word} sat on the mat, {i} times"} for i, word in en
 
 
 def texts():
-    return [*SENTENCES, {"prompt": [{"role": "user", "content": "zebra zebra"}], "completion": "ok"}]
+    said = [{"role": "user", "content": "zebra zebra"}]
+    return [*SENTENCES, {"prompt": said, "completion": "ok"}]
 
 
 def test_a_learned_tokenizer_is_a_function_of_the_records():

@@ -25,7 +25,7 @@ def byte_level(
     others: tuple[str, ...] = (),
     template: str | None = None,
 ) -> Any:
-    """A tokenizer of at most `size` tokens, for `Data.tokenizer`; the same one for the same records.
+    """A tokenizer of at most `size` tokens, for `Data.tokenizer`; equal records give an equal one.
 
     source, layout: as in Data; rows with a fault of structure are passed over. start: BOS, None for
     a tokenizer without one. end: EOS, which also pads. others: further control tokens. template:

@@ -1,4 +1,4 @@
-"""Records of a source that is published in one piece, parted in two: to train on and to hold out."""
+"""Records of a source that comes in one piece, parted in two: to train on and to hold out."""
 
 import zlib
 from collections.abc import Iterator

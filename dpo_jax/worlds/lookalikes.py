@@ -14,11 +14,11 @@ Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 WORDS = (
-    "a an and answer ask because book boil bread can cold cook day easy evening find first for fresh "
-    "garden good guide help how in is it keep know learn light little make map morning music new not "
-    "of old on one open paint paper plan please plant question rain read river salt should simple "
-    "slowly small some song start story sun sure tea that the then think this to train travel try "
-    "two use walk warm water what when why window with write you your"
+    "a an and answer ask because book boil bread can cold cook day easy evening find first for "
+    "fresh garden good guide help how in is it keep know learn light little make map morning music "
+    "new not of old on one open paint paper plan please plant question rain read river salt should "
+    "simple slowly small some song start story sun sure tea that the then think this to train "
+    "travel try two use walk warm water what when why window with write you your"
 ).split()
 
 # Chat templates that write what those of Qwen 3 and Tulu 3 write, tools and thinking left out.
@@ -37,7 +37,7 @@ TULU3 = (
 
 
 def hh(*, n: int, seed: int) -> Iterator[Row]:
-    """Anthropic's HH: two whole dialogues in text, their turns after markers, the last one other."""
+    """Anthropic's HH: two whole dialogues in text, a marker before every turn, the last differs."""
     for rng in _each(n, seed):
         talk = "".join(
             f"\n\n{'Assistant' if turn % 2 else 'Human'}: {_said(rng, 12)}"
@@ -56,7 +56,8 @@ def tldr(*, n: int, seed: int) -> Iterator[Row]:
 def tldr_pairs(*, n: int, seed: int) -> Iterator[Row]:
     """TRL's form of the TL;DR comparisons: a post and two summaries."""
     for rng in _each(n, seed):
-        yield {"prompt": _post(rng), "chosen": f" {_said(rng, 12)}", "rejected": f" {_said(rng, 9)}"}
+        chosen, rejected = (f" {_said(rng, longest)}" for longest in (12, 9))
+        yield {"prompt": _post(rng), "chosen": chosen, "rejected": rejected}
 
 
 def ultrafeedback(*, n: int, seed: int) -> Iterator[Row]:
