@@ -37,7 +37,8 @@ class Grouped:
     """The groups of one role as its algorithm takes them, and what became of the other records.
 
     counts: by reason, those that `template.tokenize` dropped or kept cut.
-    arranged: per function of data.arrange its name, and how many records it left of how many.
+    arranged: per function of data.arrange, and the algorithm where it dropped some, its name, and
+    how many records it left of how many.
     """
 
     groups: list[Group]
@@ -263,11 +264,18 @@ def grouped(experiment: Experiment, found: Records, made: Any, algorithm: Algori
     arranged = []
     for arrange in data.arrange if isinstance(data.arrange, tuple) else (data.arrange,):
         if arrange is not None:
-            groups, before = arrange(groups), len({group.record for group in groups})
-            arranged.append((show(arrange), len({group.record for group in groups}), before))
-    groups = algorithm.prepare(groups, data.row_tokens)
+            groups, before = arrange(groups), _records(groups)
+            arranged.append((show(arrange), _records(groups), before))
+    groups, before = algorithm.prepare(groups, data.row_tokens), _records(groups)
+    if _records(groups) < before:  # KTO's partners may not fit a row
+        arranged.append((show(experiment.algorithm), _records(groups), before))
     _check_places(parts.model(experiment), groups)
     return Grouped(groups, counts, tuple(arranged))
+
+
+def _records(groups: Sequence[Group]) -> int:
+    """How many records the groups are of."""
+    return len({group.record for group in groups})
 
 
 def _check_places(model: Model, groups: Sequence[Group]) -> None:

@@ -81,7 +81,9 @@ def partnered(groups: Sequence[Group], row_tokens: int | None = None) -> list[Gr
     It is that of the group half the data further on (after the last comes the first), so that
     every response is a partner once, or of the next one behind it whose prompt and response both
     differ and which leaves the group within row_tokens. The second has no scores here: they are 0.
-    Errors: BadInput for a group of another K, or without such a partner.
+    A group that leaves no room for any is left out.
+    Errors: BadInput for a group of another K, for one from which no other differs, and where there
+    is room for none.
     """
     for b, group in enumerate(groups):
         if len(group.responses) != 1:
@@ -96,9 +98,18 @@ def partnered(groups: Sequence[Group], row_tokens: int | None = None) -> list[Gr
         after = (j % len(groups) for j in range(start, start + len(groups)))
         differing = (j for j in after if ids[j][0] != ids[b][0] and ids[j][1] != ids[b][1])
         partner = next((j for j in differing if sizes[j] <= room), None)
-        if partner is None:
-            raise BadInput(_no_partner(groups, b, row_tokens))
-        found.append(_beside(group, groups[partner]))
+        if partner is not None:
+            found.append(_beside(group, groups[partner]))
+        elif not any(one != ids[b][0] and other != ids[b][1] for one, other in ids):
+            raise BadInput(
+                f"partnered: {_named(group, b)} finds no response of another prompt that differs "
+                f"from its own, among {len(groups)} groups"
+            )
+    if groups and not found:
+        raise BadInput(
+            f"partnered: a row of {row_tokens} tokens has room for no group and the response of "
+            f"another prompt; row_tokens={2 * max(group.tokens for group in groups)} has"
+        )
     return found
 
 
@@ -115,20 +126,6 @@ def _beside(group: Group, other: Group) -> Group:
         scores = np.concatenate([scores, np.zeros_like(scores)])
     responses = [group.responses[0], other.responses[0]]
     return replace(group, responses=responses, scored=scored, scores=scores)
-
-
-def _no_partner(groups: Sequence[Group], b: int, row_tokens: int | None) -> str:
-    prompt, response = groups[b].prompt.tobytes(), groups[b].responses[0].tobytes()
-    differing = [
-        len(group.responses[0])
-        for group in groups
-        if group.prompt.tobytes() != prompt and group.responses[0].tobytes() != response
-    ]
-    what = f"partnered: {_named(groups[b], b)} finds no response of another prompt"
-    if not differing:
-        return f"{what} that differs from its own, among {len(groups)} groups"
-    size = groups[b].tokens + min(differing)
-    return f"{what} that fits a row of {row_tokens} tokens with it; row_tokens={size} would do"
 
 
 def _named(group: Group, b: int) -> str:
