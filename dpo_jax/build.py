@@ -19,7 +19,7 @@ from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.evaluate import Completions, completions
 from dpo_jax.experiment import Data, Experiment, Sampled, digest, with_numbers
 from dpo_jax.metrics import flops_per_token, progress
-from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
+from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params, parted
 from dpo_jax.values import show
 from dpo_jax.worlds.annotators import Label
 
@@ -32,7 +32,7 @@ Records = list[dict[str, Any]]
 class Materials:
     """What an experiment starts from: its parent's weights and its records."""
 
-    params: Params | None  # None = drawn from run.seed
+    params: Params | None  # None = drawn from run.seed; {"base"} of a run with lora
     data: Records
     held_out: Records
     prompts: Records
@@ -46,9 +46,9 @@ class Setup:
     model: Model
     bind: Callable[[dict[str, Any]], Algorithm]  # the algorithm with other numbers, by dotted path
     algorithm: Algorithm
-    params: Params  # the weights it starts from
-    frozen: dict[str, Params]
-    start: Params | None  # the parent's weights, where evaluations measure the KL to them
+    params: Params  # the weights it starts from and trains
+    frozen: dict[str, Params]  # base of a run with lora; reference
+    start: Params | None  # the parent's weights (or adapters), where the KL to them is measured
     tokenizer: Any
     loader: Loader
     held_out: list[Batch]
@@ -69,13 +69,13 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
         role: read_records(role, source, run, experiment.data)
         for role, source in sorted(roles.items(), key=lambda item: isinstance(item[1], Sampled))
     }
-    parent, params = experiment.parent, None
+    parent, weights = experiment.parent, None
     if isinstance(parent, Experiment):
-        params = run(parent).params
+        weights = parts.Weights(run(parent).params, parent.lora)
     elif parent is not None:
-        params = parts.stored(experiment, parent)
+        weights = parts.stored(experiment, parent)
     return Materials(
-        params=None if params is None else parts.inherited(experiment, params),
+        params=None if weights is None else parts.inherited(experiment, weights),
         data=found["data.source"],
         held_out=found["evaluation.source"],
         prompts=found["evaluation.prompts"],
@@ -104,13 +104,14 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         groups = _groups(experiment, "evaluation.source", given.held_out, made, algorithm)
         held_out = list(sequential(groups, step_groups=HELD_OUT_GROUPS, rows_multiple=rows, **size))
     shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
-    params = _params(experiment, mesh, given)
-    passes = 3 + len(algorithm.frozen)  # forward, backward twice as much, a forward per reference
-    # copies: the loop donates the policy's arrays
-    frozen = {name: jax.tree.map(jnp.copy, params) for name in algorithm.frozen}
+    params, frozen = parted(_params(experiment, mesh, given))
+    # copies: the loop donates the policy's arrays. Adapters that are new say nothing yet
+    new = {"lora"} - (given.params or {}).keys()
+    began = {name: leaf for name, leaf in params.items() if name not in new}
+    frozen |= {name: jax.tree.map(jnp.copy, began) for name in algorithm.frozen}
     start = None
     if given.prompts and experiment.parent is not None:
-        start = frozen.get("reference") or jax.tree.map(jnp.copy, params)
+        start = frozen["reference"] if algorithm.frozen else jax.tree.map(jnp.copy, began)
     return Setup(
         mesh=mesh,
         model=decoder_model,
@@ -123,7 +124,17 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=loader,
         held_out=held_out,
         prompts=given.prompts,
-        flops_per_token=flops_per_token(shapes, passes=passes),
+        flops_per_token=_flops(shapes, references=len(algorithm.frozen)),
+    )
+
+
+def _flops(shapes: Params, references: int) -> float:
+    """Flops a token costs: forward, backward twice as much, but once where weights are frozen, and
+    a forward pass for every reference."""
+    trained, frozen = parted(shapes)
+    backward = {2: trained, 1: frozen}
+    return sum(
+        flops_per_token(tree, passes=1 + times + references) for times, tree in backward.items()
     )
 
 
@@ -134,18 +145,26 @@ def reseeded(
     return replace(
         setup,
         algorithm=setup.bind(numbers),
-        params=_params(experiment, setup.mesh, given),
+        params=parted(_params(experiment, setup.mesh, given))[0],
         loader=_loader(experiment, setup.loader.groups, setup.mesh),
     )
 
 
 def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Params:
-    """The parent's weights, or those that run.seed draws, on the mesh."""
-    if given.params is not None:
-        return jax.device_put(given.params, parallel.shardings(mesh, given.params))
-    init = parts.model(experiment).init
-    places = parallel.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
+    """The parent's weights, or those that run.seed draws, new adapters among them, on the mesh."""
+    shapes = jax.eval_shape(parts.model(experiment).init, jax.random.key(0))
+    found = given.params or {}
+    found = jax.device_put(found, parallel.shardings(mesh, found))
+    missing = [name for name in shapes if name not in found]
+    if not missing:
+        return found
+
+    def drawn(key: jax.Array) -> Params:
+        whole = parts.model(experiment).init(key)
+        return {name: whole[name] for name in missing}
+
+    places = parallel.shardings(mesh, {name: shapes[name] for name in missing})
+    return found | jax.jit(drawn, out_shardings=places)(jax.random.key(experiment.run.seed))
 
 
 def _loader(experiment: Experiment, groups: Sequence[Group], mesh: jax.sharding.Mesh) -> Loader:

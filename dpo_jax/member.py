@@ -12,7 +12,7 @@ from dpo_jax import build, evaluate, metrics, optim, parts, rundir
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import Experiment
 from dpo_jax.parallel import shardings
-from dpo_jax.structs import Algorithm, Model, Params, TrainState
+from dpo_jax.structs import Algorithm, Model, Params, TrainState, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,13 @@ def finished(
     if last is None:
         return None
     rundir.say(f"{home}: finished before, reused")
-    params = rundir.load_weights(home, parts.trained_shapes(experiment), mesh)
     return Result(
-        home, experiment, parts.model(experiment), params, parts.tokenizer(experiment), last
+        home,
+        experiment,
+        parts.model(experiment),
+        parts.finished(experiment, home, mesh),
+        parts.tokenizer(experiment),
+        last,
     )
 
 
@@ -109,8 +113,9 @@ class Member:
     def seal(self, state: TrainState) -> None:
         """Finish the run with the weights that count."""
         self.checkpoints.wait()
-        self.params = policy(state)
-        rundir.seal(self.home, self.experiment.run.steps, self.params, self.last)
+        trained = policy(state)
+        rundir.seal(self.home, self.experiment.run.steps, trained, self.last)
+        self.params = join(trained, self.setup.frozen)
 
     def result(self) -> Result:
         """The finished run."""
