@@ -224,7 +224,8 @@ class Experiment(Value):
 
     model: a configuration such as `models.transformer.Config`; None = the parent's.
     parent: the run whose final weights it starts from, or the path of one, or a model of Hugging
-    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub.
+    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub; or an
+    adapter of PEFT's, which names its model.
     lora: train adapters of low rank instead of all weights. Adapters of the parent go on where its
     lora is the same; else they are merged into the base, and new ones start.
     """

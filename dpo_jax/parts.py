@@ -11,8 +11,8 @@ from etils import epath
 from dpo_jax import parallel, rundir
 from dpo_jax.data import conversations
 from dpo_jax.experiment import Experiment
-from dpo_jax.models import hf
-from dpo_jax.models.lora import Lora, merged
+from dpo_jax.models import hf, hf_adapter
+from dpo_jax.models.lora import Lora, alike, merged
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Memory, Model, Params, join, parted
 from dpo_jax.values import show
@@ -33,7 +33,8 @@ def config(experiment: Experiment) -> Config:
     home = epath.Path(experiment.parent)
     if rundir.is_run(home):
         return Config(**rundir.read(home)["model"])
-    return hf.read_config(hf.folder(experiment.parent))
+    named = hf.folder(experiment.parent)
+    return hf.read_config(hf.folder(hf_adapter.base_of(named) or named))
 
 
 def model(experiment: Experiment) -> Model:
@@ -129,7 +130,7 @@ def stored(experiment: Experiment, parent: str) -> Weights:
 def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
     home = epath.Path(name)
     if not rundir.is_run(home):
-        return Weights(hf.load(name, sharding=places, dtype=dtype)[1])
+        return _foreign(name, places, dtype)
     record = rundir.read(home)
     lora = Lora(**record["lora"]) if "lora" in record else None
     architecture = Config(**record["model"])
@@ -140,6 +141,17 @@ def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
         return Weights(own)
     below = _continued(_read(record["base"], places, dtype), lora, architecture)
     return Weights(join(own, {"base": below["base"]}), lora)
+
+
+def _foreign(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
+    """Of Hugging Face: those of a model, or of an adapter and the model that it names."""
+    home = hf.folder(name)
+    below = hf_adapter.base_of(home)
+    _, params, architecture = hf.load(below or name, sharding=places, dtype=dtype)
+    if below is None:
+        return Weights(params)
+    lora, own = hf_adapter.load_adapter(home, architecture)
+    return Weights({"base": params, "lora": own}, lora)
 
 
 def finished(experiment: Experiment, home: epath.Path, places: jax.sharding.Mesh) -> Params:
@@ -178,7 +190,8 @@ def inherited(experiment: Experiment, given: Weights) -> Params:
 
 def _continued(given: Weights, lora: Lora | None, architecture: Config) -> Params:
     """Weights for a run with this lora: the same adapters go on, others are merged."""
-    if given.lora == lora:
+    same = given.lora is not None and lora is not None and alike(given.lora, lora, architecture)
+    if same or given.lora == lora:
         return given.params
     plain = given.params if given.lora is None else merged(given.params, given.lora)
     if lora is None:

@@ -124,7 +124,7 @@ def parent_digest(experiment: Experiment) -> str | None:
 
 
 def base(experiment: Experiment) -> str:
-    """Where the weights lie that adapters are added to: the directory of the parent, or its path."""
+    """Where the weights lie that adapters are added to: the parent's directory, or its path."""
     parent = experiment.parent
     assert parent is not None, "adapters have a parent"
     return str(place(parent)) if isinstance(parent, Experiment) else parent

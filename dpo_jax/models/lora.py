@@ -90,20 +90,22 @@ def adapters(lora: Lora, config: "Config") -> list[Adapter]:
     return [factors(WEIGHTS[target]) for target in chosen]
 
 
+def alike(one: Lora, other: Lora, config: "Config") -> bool:
+    """Whether two are the same adapters to a model, however their targets are said."""
+    same = (one.rank, one.alpha) == (other.rank, other.alpha)
+    return same and adapters(one, config) == adapters(other, config)
+
+
 def start(lora: Lora, config: "Config", key: Key, dtype: Any = jnp.float32) -> Params:
-    """Adapters that change nothing yet: A uniform within 1 / sqrt(fan in), as PEFT draws it, B 0."""
-    sizes = {"Z": lora.rank, **{axis: getattr(config, axis) for axis in "DHJEF"}}
-    layers = {}
-    for each, own in zip(adapters(lora, config), _keys(key), strict=False):
-        wide, narrow = ([sizes[axis] for axis in axes] for axes in (each.into + "Z", "Z" + each.out))
-        bound = math.prod(wide[:-1]) ** -0.5
-        layers[each.a] = jax.random.uniform(own, (config.L, *wide), dtype, -bound, bound)
-        layers[each.b] = jnp.zeros((config.L, *narrow), dtype)
+    """Adapters that change nothing yet: A uniform within 1 / sqrt(fan in), as PEFT's, B zero."""
+    chosen, layers = adapters(lora, config), {}
+    for each, own in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+        wide = [getattr(config, axis) for axis in each.into]
+        narrow = [getattr(config, axis) for axis in each.out]
+        bound, shape = math.prod(wide) ** -0.5, (config.L, *wide, lora.rank)
+        layers[each.a] = jax.random.uniform(own, shape, dtype, -bound, bound)
+        layers[each.b] = jnp.zeros((config.L, lora.rank, *narrow), dtype)
     return {"layers": layers}
-
-
-def _keys(key: Key) -> jax.Array:
-    return jax.random.split(key, len(WEIGHTS))
 
 
 def delta(equation: str, x: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
