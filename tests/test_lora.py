@@ -212,9 +212,9 @@ def test_its_options_have_paths():
     assert dict(options(changed))["lora.rank"] == 8
     assert override(adapted, {"lora": "None"}) == EXPERIMENT
     assert Lora(**asdict(changed.lora)) == changed.lora
-    with pytest.raises(BadInput, match="lora.rank=0"):
+    with pytest.raises(BadInput, match=r"lora\.rank=0"):
         override(adapted, {"lora.rank": "0"})
-    with pytest.raises(BadInput, match="lora.rank has no effect: lora is None"):
+    with pytest.raises(BadInput, match=r"lora\.rank has no effect: lora is None"):
         override(EXPERIMENT, {"lora.rank": "8"})
 
 
