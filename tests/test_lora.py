@@ -212,6 +212,7 @@ def test_its_options_have_paths():
     assert dict(options(changed))["lora.rank"] == 8
     assert override(adapted, {"lora": "None"}) == EXPERIMENT
     assert Lora(**asdict(changed.lora)) == changed.lora
+    assert override(adapted, {"lora.targets": "(v, q, v)"}).lora == replace(changed.lora, rank=3)
     with pytest.raises(BadInput, match=r"lora\.rank=0"):
         override(adapted, {"lora.rank": "0"})
     with pytest.raises(BadInput, match=r"lora\.rank has no effect: lora is None"):

@@ -133,7 +133,8 @@ def _write(home: epath.Path, tensors: dict[str, np.ndarray], words: dict[str, An
         ) from None
     finally:
         for left in (beside, text):
-            left.unlink(missing_ok=True)
+            if left.exists():
+                left.unlink()
 
 
 # Reading

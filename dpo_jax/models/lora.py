@@ -52,10 +52,11 @@ class Lora:
         object.__setattr__(self, "alpha", float(self.alpha))
         if self.targets is None:
             return
-        object.__setattr__(self, "targets", tuple(self.targets))  # JSON made a list of them
         known = get_args(Target)
         if not self.targets or not set(self.targets) <= set(known):
             raise BadInput(f"lora.targets={self.targets}: give some of {', '.join(known)}, or None")
+        # one order of them, whatever JSON or a user made
+        object.__setattr__(self, "targets", tuple(x for x in known if x in self.targets))
 
     @property
     def scale(self) -> float:
