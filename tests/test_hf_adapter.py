@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 from test_families import tensors, write
 
 from dpo_jax.models import hf
 from dpo_jax.models.hf_adapter import base_of, load_adapter, save_adapter
 from dpo_jax.models.lora import Lora, merged
-from dpo_jax.models.transformer import decoder
+from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import BadInput
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,6 +27,10 @@ CASES = {  # and modules of a layer that get an adapter
     "gemma3_text": 7,
 }
 SOME = [("gpt2", ("q", "v")), ("gpt_neox", ("k", "o")), ("phi3", ("up", "v")), ("llama", ("o",))]
+
+
+def architecture(folder: Path, case: str) -> Config:
+    return hf.read_config(epath.Path(write(folder, case)))
 
 
 def drawn(config, lora: Lora, seed: int = 0) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def test_what_we_write_adds_what_merging_adds(case, tmp_path):
 
 @pytest.mark.parametrize("case, targets", [*((case, None) for case in CASES), *SOME])
 def test_adapters_come_back(case, targets, tmp_path):
-    config = hf.read_config(write(tmp_path, case))
+    config = architecture(tmp_path, case)
     lora = Lora(4, 6.0, targets)
     own = drawn(config, lora)
     save_adapter(tmp_path, config, lora, own)
@@ -117,7 +122,7 @@ def test_an_adapter_to_a_fused_module_becomes_one_to_each_matrix(tmp_path):
 
 
 def test_rslora_is_another_alpha(tmp_path):
-    config = hf.read_config(write(tmp_path, "gpt2"))
+    config = architecture(tmp_path, "gpt2")
     foreign(tmp_path, {"mlp.c_fc": 4}, use_rslora=True)
     assert load_adapter(tmp_path, config)[0] == Lora(4, 8.0, ("up",))  # 4 / sqrt(4) = 8 / 4
 
@@ -138,7 +143,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_is_not_implemented_is_refused_by_its_key(key, tmp_path):
-    config = hf.read_config(write(tmp_path, "gpt2"))
+    config = architecture(tmp_path, "gpt2")
     foreign(tmp_path, {"mlp.c_fc": 4})
     said = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(said | {key: REFUSED[key]}))
@@ -147,7 +152,7 @@ def test_what_is_not_implemented_is_refused_by_its_key(key, tmp_path):
 
 
 def test_ranks_that_differ_are_refused(tmp_path):
-    config = hf.read_config(write(tmp_path, "gpt2"))
+    config = architecture(tmp_path, "gpt2")
     foreign(tmp_path, {"mlp.c_fc": 4, "mlp.c_proj": 2})
     with pytest.raises(BadInput, match="rank_pattern="):
         load_adapter(tmp_path, config)
@@ -179,7 +184,7 @@ def _add(found: dict[str, np.ndarray], stem: str) -> None:
 def test_tensors_that_are_not_those_of_the_model_are_refused(
     change: Callable[..., None], words, tmp_path
 ):
-    config = hf.read_config(write(tmp_path, "gpt2"))
+    config = architecture(tmp_path, "gpt2")
     foreign(tmp_path, {"mlp.c_fc": 4})
     found = load_file(tmp_path / TENSORS)
     change(found, "base_model.model.transformer.h.1.mlp.c_fc.lora")
@@ -189,9 +194,9 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(
 
 
 def test_the_base_of_an_adapter_is_named(tmp_path):
-    folder = tmp_path / "adapter"
-    config = hf.read_config(write(tmp_path / "base", "gpt2"))
-    assert base_of(tmp_path / "base") is None and base_of(tmp_path) is None
+    folder = epath.Path(tmp_path / "adapter")
+    config = architecture(tmp_path / "base", "gpt2")
+    assert base_of(epath.Path(tmp_path / "base")) is None and base_of(epath.Path(tmp_path)) is None
     save_adapter(folder, config, Lora(), drawn(config, Lora()), base="owner/name")
     assert base_of(folder) == "owner/name"
     save_adapter(folder, config, Lora(), drawn(config, Lora()))
@@ -200,7 +205,7 @@ def test_the_base_of_an_adapter_is_named(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
-    config = hf.read_config(write(tmp_path, "gpt2"))
+    config = architecture(tmp_path, "gpt2")
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="the adapter cannot be written"):
         save_adapter(tmp_path / "file", config, Lora(), drawn(config, Lora()))

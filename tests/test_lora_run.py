@@ -132,6 +132,7 @@ def test_the_first_loss_is_that_of_policy_and_reference_alike(tuned, name):
 
 def test_the_base_is_held_once(tuned):
     mesh, materials = parts.mesh(DPO), build.materials(DPO, dpo_jax.run)
+    assert materials.params is not None
     shape = materials.params["base"]["embed_VD"].shape
     with jax.set_mesh(mesh):
         gc.collect()
