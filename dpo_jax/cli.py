@@ -22,6 +22,8 @@ COMMANDS = {
     "compare their last evaluations, seeds averaged",
     "eval": "print the last evaluation of a finished run",
     "sample": "print responses of a finished run to `evaluation.prompts`, a JSON line each",
+    "inspect": "show what the model will see of the data, token by token, and write it as a page: "
+    "--rows N groups or --record N, with --ids, to --html FILE",
 }
 LOSSES = (
     "list every loss: name, formula, paper, needs; `losses kl` for what the KL estimators estimate"
@@ -63,6 +65,11 @@ def command(argv: list[str]) -> int:
         inner.add_argument(
             "-h", "--help", action="store_true", help="list the options, those of an experiment too"
         )
+    inspect = commands.choices["inspect"]
+    inspect.add_argument("--rows", type=int, default=3, help="groups shown of each source")
+    inspect.add_argument("--record", type=int, help="show this record of data.source, in full")
+    inspect.add_argument("--ids", action="store_true", help="show the id of every token")
+    inspect.add_argument("--html", metavar="FILE", help="the page; runs/<run>-inspect.html if none")
     about_losses = commands.add_parser("losses", help=LOSSES, description=LOSSES)
     about_losses.add_argument("what", nargs="?", choices=("table", "kl"), default="table")
     names = (*COMMANDS, "losses")
@@ -82,6 +89,8 @@ def command(argv: list[str]) -> int:
         commands.choices[arguments.command].print_help()
         return 0
     overrides = parse_overrides([*arguments.overrides, *rest])
+    if arguments.command == "inspect" and not arguments.help:
+        return _inspect(arguments, overrides)
     return _run(arguments.command, arguments.experiment, overrides, arguments.help)
 
 
@@ -164,6 +173,21 @@ def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
     name = module.EXPERIMENT.name
     members = frontier_members(module, overrides)
     frontier.frontier(members, directory=directory or f"runs/{name}", name=name)
+
+
+def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from etils import epath
+
+    from dpo_jax import experiment, rundir
+    from dpo_jax.inspect_data import facts, page, terminal
+
+    chosen = experiment.override(experiment.load(arguments.experiment).EXPERIMENT, overrides)
+    file = epath.Path(arguments.html) if arguments.html else page.place(rundir.place(chosen))
+    found = facts.inspection(chosen, rows=arguments.rows, record=arguments.record)
+    page.write(found, file)
+    terminal.show(found, ids=arguments.ids, whole=arguments.record is not None)
+    print(f"page: {file}")
+    return 0
 
 
 def _losses(what: str) -> int:

@@ -6,7 +6,7 @@ the hyperparameters of a function, has no equality of its own.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -41,6 +41,7 @@ __all__ = [
     "code_digest",
     "describe",
     "digest",
+    "distinctions",
     "each",
     "load",
     "options",
@@ -248,11 +249,6 @@ class Experiment(Value):
             )
         if self.model is None and self.parent is None:
             raise BadInput(f"experiment {self.name} has neither a model nor a parent to start from")
-        if self.lora is not None and self.parent is None:
-            raise BadInput(
-                f"experiment {self.name} has lora and no parent: adapters want trained weights, "
-                "give it a parent or leave lora out"
-            )
         if self.model is not None and self.parent is not None:
             whose = self.parent.name if isinstance(self.parent, Experiment) else self.parent
             raise BadInput(
@@ -288,6 +284,15 @@ def each(
         for name, value in named.items()
         for seed in range(seeds)
     )
+
+
+def distinctions(members: Sequence["Experiment"]) -> list[dict[str, str]]:
+    """The options of each member that are not the same in all of them, as text by dotted path."""
+    # a function's keywords have paths of their own
+    listed = [{x: show(getattr(v, "func", v)) for x, v in options(each)} for each in members]
+    paths = dict.fromkeys(path for found in listed for path in found)
+    differing = [path for path in paths if len({found.get(path) for found in listed}) > 1]
+    return [{path: found[path] for path in differing if path in found} for found in listed]
 
 
 def load(name: str) -> ModuleType:

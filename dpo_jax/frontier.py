@@ -17,12 +17,11 @@ from etils import epath
 from dpo_jax import build, rundir
 from dpo_jax.data.layouts import plain
 from dpo_jax.evaluate import completions, mean_and_error
-from dpo_jax.experiment import Experiment, code_digest, options
+from dpo_jax.experiment import Experiment, code_digest, distinctions
 from dpo_jax.metrics import progress
 from dpo_jax.structs import BadInput
 from dpo_jax.together import run_all
 from dpo_jax.train import Result, run
-from dpo_jax.values import show as show_value
 
 PROMPTS, SAMPLES = 64, 256  # of the reference, for the two curves
 AT_ONCE = 8  # prompts
@@ -89,12 +88,11 @@ def frontier(members: Sequence[Experiment], *, directory: str, name: str) -> epa
 
 def member_labels(members: Sequence[Experiment]) -> list[str]:
     """What tells the members apart, as `beta=0.1`: the options of the algorithm that differ."""
-    # a function's keywords have paths of their own
-    listed = [{x: show_value(getattr(v, "func", v)) for x, v in options(m)} for m in members]
-    differing = [path for path in listed[0] if len({x.get(path) for x in listed}) > 1]
-    chosen = [path for path in differing if path.startswith("algorithm.")] or differing
+    listed = distinctions(members)
+    own = [{x: now for x, now in found.items() if x.startswith("algorithm.")} for found in listed]
     labels = [
-        ",".join(f"{path.rpartition('.')[2]}={x.get(path)}" for path in chosen) for x in listed
+        ",".join(f"{path.rpartition('.')[2]}={now}" for path, now in found.items())
+        for found in (own if any(own) else listed)
     ]
     if len(set(labels)) < len(labels):
         raise BadInput(f"the members of a frontier must differ in their options: {labels}")

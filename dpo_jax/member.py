@@ -113,9 +113,10 @@ class Member:
     def seal(self, state: TrainState) -> None:
         """Finish the run with the weights that count."""
         self.checkpoints.wait()
-        trained = policy(state)
-        rundir.seal(self.home, self.experiment.run.steps, trained, self.last)
+        trained, experiment = policy(state), self.experiment
         self.params = join(trained, self.setup.frozen)
+        own = self.params if experiment.parent is None else trained
+        rundir.seal(self.home, experiment.run.steps, own, self.last)
 
     def result(self) -> Result:
         """The finished run."""

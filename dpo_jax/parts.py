@@ -135,12 +135,13 @@ def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
     lora = Lora(**record["lora"]) if "lora" in record else None
     architecture = Config(**record["model"])
     made = decoder(architecture, dtype=rundir.precision(home), lora=lora)
-    trained, _ = parted(jax.eval_shape(made.init, jax.random.key(0)))
-    own = rundir.load_weights(home, {**trained, **rundir.heads(home, trained)}, places)
-    if lora is None:
-        return Weights(own)
-    below = _continued(_read(record["base"], places, dtype), lora, architecture)
-    return Weights(join(own, {"base": below["base"]}), lora)
+    whole, below = jax.eval_shape(made.init, jax.random.key(0)), record.get("base")
+    wanted = whole if below is None else parted(whole)[0]
+    own = rundir.load_weights(home, {**wanted, **rundir.heads(home, wanted)}, places)
+    if lora is None or below is None:
+        return Weights(own, lora)
+    base = _continued(_read(below, places, dtype), lora, architecture)["base"]
+    return Weights(join(own, {"base": base}), lora)
 
 
 def _foreign(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
@@ -159,11 +160,10 @@ def finished(experiment: Experiment, home: epath.Path, places: jax.sharding.Mesh
 
     Raises: BadInput where they are adapters and the run of the parent is not there.
     """
-    wanted = shapes(experiment)
+    wanted, below = shapes(experiment), rundir.base(experiment)
+    if experiment.lora is None or below is None:
+        return rundir.load_weights(home, wanted, places)
     trained = rundir.load_weights(home, parted(wanted)[0], places)
-    if experiment.lora is None:
-        return trained
-    below = rundir.base(experiment)
     if isinstance(experiment.parent, Experiment) and not rundir.is_run(epath.Path(below)):
         raise BadInput(f"{home} holds adapters to the weights of {below}, which is not there")
     given = _read(below, places, experiment.run.dtype)

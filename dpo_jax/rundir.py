@@ -3,7 +3,7 @@
 experiment.json   the resolved options, digests of code, data and parent
 metrics.jsonl  samples.jsonl  tensorboard/  profile/
 checkpoints/      states to resume from
-weights/          the final weights, written once; of a run with lora what it trained, the base
+weights/          the final weights, written once; of a run with lora what it trained, for the base
                   lies with its parent
 result.json       the last evaluation; written last, so its presence means finished
 """
@@ -123,15 +123,15 @@ def parent_digest(experiment: Experiment) -> str | None:
     return digest(parent) if isinstance(parent, Experiment) else parent
 
 
-def base(experiment: Experiment) -> str:
-    """Where the weights lie that adapters are added to: the parent's directory, or its path."""
+def base(experiment: Experiment) -> str | None:
+    """Where the weights lie that adapters are added to: the parent's directory, or its path; None
+    where there is no parent, and they lie with the adapters."""
     parent = experiment.parent
-    assert parent is not None, "adapters have a parent"
     return str(place(parent)) if isinstance(parent, Experiment) else parent
 
 
 def seal(home: epath.Path, steps: int, params: Params, metrics: dict[str, float]) -> None:
-    """Finish a run: the final weights that it trained, then result.json."""
+    """Finish a run: the final weights that no parent has, then result.json."""
     weights = Checkpoints(home / "weights", keep=1)
     weights.save(steps, params)
     weights.wait()

@@ -128,6 +128,13 @@ def unchanged(groups: list[Group], row_tokens: int | None = None) -> list[Group]
     return groups
 
 
+def as_it_is(
+    state: TrainState, frozen: Mapping[str, Params], batch: Batch, key: Key
+) -> tuple[Batch, Memory]:
+    """The `collect` of an algorithm to which the data is enough."""
+    return batch, state.memory
+
+
 class Algorithm(NamedTuple):
     """A way to train, as pure functions.
 

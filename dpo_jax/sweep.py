@@ -17,6 +17,7 @@ from dpo_jax.experiment import (
     canonical,
     code_digest,
     describe,
+    distinctions,
     options,
     with_numbers,
 )
@@ -24,7 +25,6 @@ from dpo_jax.member import Result
 from dpo_jax.structs import BadInput
 from dpo_jax.together import programs, run_all
 from dpo_jax.train import run
-from dpo_jax.values import show as shown
 
 FEW_LINES = 10  # that ten colours tell apart
 MARKERS = "osD^v<>PX*"
@@ -130,14 +130,12 @@ def _coordinate(chosen: Sweep, axis: str, group: Sequence[Result], found: dict[s
 
 def point_labels(experiments: Sequence[Experiment], x: str = "") -> list[str]:
     """What tells the points of a line apart, as `beta=0.1`: the options that differ within it."""
-    # a function's keywords have paths of their own
-    listed = [{p: shown(getattr(v, "func", v)) for p, v in options(each)} for each in experiments]
-    labels = []
-    for each, own in zip(experiments, listed, strict=True):
-        line = [o for o, e in zip(listed, experiments, strict=True) if e.name == each.name]
-        paths = [p for p in own if len({o.get(p) for o in line}) > 1]
-        short = [p for p in paths if p not in ("run.seed", "run.dir", x)]
-        labels.append(", ".join(f"{p.rpartition('.')[2]}={own[p]}" for p in short))
+    labels = [""] * len(experiments)
+    for name in {each.name for each in experiments}:
+        line = [i for i, each in enumerate(experiments) if each.name == name]
+        for i, own in zip(line, distinctions([experiments[i] for i in line]), strict=True):
+            short = {p: now for p, now in own.items() if p not in ("run.seed", "run.dir", x)}
+            labels[i] = ", ".join(f"{p.rpartition('.')[2]}={now}" for p, now in short.items())
     return labels
 
 

@@ -16,6 +16,8 @@ if [ $# -eq 0 ]; then
     say "pyright"
     # It would ask the network for a newer version of itself.
     PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$python" -m pyright
+    # A file stays with one process, whose tests share their runs; more processes want more memory.
+    set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 fi
 say "pytest $*"
 exec "$python" -m pytest "$@"

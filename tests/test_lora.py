@@ -219,11 +219,6 @@ def test_its_options_have_paths():
         override(EXPERIMENT, {"lora.rank": "8"})
 
 
-def test_adapters_want_a_parent():
-    with pytest.raises(BadInput, match="experiment sft has lora and no parent"):
-        replace(SFT, lora=LORA)
-
-
 def test_a_step_is_traced_without_weights():
     found = train.trace(replace(EXPERIMENT, lora=LORA))
     assert found["loss"].shape == ()

@@ -233,6 +233,18 @@ def test_runs_that_train_together_equal_those_alone(tuned):
         assert sealed(result) == {"lora"}
 
 
+def test_a_base_without_a_parent_is_stored_with_its_adapters(place):
+    """As in the small offline variant of an experiment, which starts from random weights."""
+    alone = replace(SFT, name="alone", lora=LORA, run=Run(steps=2))
+    result = dpo_jax.run(alone)
+    assert sealed(result) == {"base", "lora"}
+    drawn = parts.decoder(SFT.model).init(jax.random.key(0))
+    assert same(result.params["base"], drawn)
+    assert same(dpo_jax.run(alone).params, result.params)
+    found = parts.stored(DPO, str(result.directory))
+    assert found.lora == LORA and same(found.params, result.params)
+
+
 def test_an_adapter_of_peft_can_be_the_parent(tuned):
     config = replace(SFT.model, family="qwen3", qk_norm="head", P=64)
     model = parts.decoder(config, lora=LORA)

@@ -120,3 +120,12 @@ def test_per_token_of_an_empty_response_is_its_sum():
 def test_a_slot_for_every_place():
     with pytest.raises(AssertionError):
         measure.token_mean(MASK, SLOT[:1])
+
+
+def test_a_class_is_a_measure_of_its_own():
+    weight_B = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    of_class_B = weight_B * np.array([1, 0, 1, 0], np.float32)
+    np.testing.assert_allclose(
+        measure.within(of_class_B, jnp.float32(0.4)), [0.25, 0, 0.75, 0], rtol=1e-6
+    )
+    np.testing.assert_array_equal(measure.within(0 * weight_B, jnp.float32(0.0)), np.zeros(4))

@@ -36,8 +36,9 @@ from dpo_jax.data import views
 from dpo_jax.data.packing import pack
 from dpo_jax.losses.door import present
 from dpo_jax.losses.needs import name_of
-from dpo_jax.structs import BadInput, Group, Scored
+from dpo_jax.structs import BadInput, Group, Scored, TrainState
 
+KEY = jax.random.key(0)
 BETA = 0.3
 DPO = partial(losses.dpo, beta=BETA)
 KTO = partial(losses.kto, beta=BETA, desirable=1.3, undesirable=0.7)
@@ -223,6 +224,23 @@ def test_a_step_is_what_the_slow_way_gives(name):
         parts, found = Engine(algorithm, microbatches=microbatches)(batch)
         assert found == pytest.approx(metrics, rel=1e-5, abs=1e-6)
         assert relative_error(gradient(parts), gradient(state)) < 1e-5
+
+
+def test_the_running_mean_of_one_term_is_not_read_by_another():
+    bco_pair = partial(losses.bco_pair, beta=BETA)  # reads a delta where it is given one
+    batch = CASES["mpo"].packed(CASES["mpo"].items)
+
+    def value(loss):
+        algorithm = preference(MODEL, loss=loss)
+        _, memory = algorithm.init(KEY, POLICY, {})
+        state = TrainState(jnp.int32(0), POLICY, None, memory, jnp.int32(0))
+        whole, _ = algorithm.collect(state, {"reference": REFERENCE}, batch, KEY)
+        whole = replace(whole, shared={k: jnp.add(x, 0.3) for k, x in whole.shared.items()})
+        arguments = (POLICY, {"reference": REFERENCE}, {}, algorithm.measure(whole), KEY)
+        return float(algorithm.objective(*arguments)[0])
+
+    parts = [value(losses.mix((1.0, loss))) for loss in (BETA_DPO, bco_pair)]
+    assert value(losses.mix((1.0, BETA_DPO), (1.0, bco_pair))) == pytest.approx(sum(parts))
 
 
 # KTO

@@ -95,12 +95,14 @@ def test_scores_are_those_of_every_response_alone():
     found_RGK = jax.jit(partial(reward_scores, tiny.MODEL))(params, batch)
     assert found_RGK.dtype == jnp.float32
     np.testing.assert_array_equal(found_RGK[batch.end_RGK < 0], 0)
+    T, hidden = batch.tokens_RT.shape[1], jax.jit(tiny.MODEL.hidden)
+    place, until = np.arange(T, dtype=np.int32)[None], np.full((1, T), T, np.int32)
     for group, found_K in zip(items, scores(found_RGK, batch, items), strict=True):
         for response, score in zip(group.responses, found_K, strict=True):
-            line = np.concatenate([group.prompt, response])[None]
-            place = np.arange(line.shape[1], dtype=np.int32)[None]
-            hidden, _ = tiny.MODEL.hidden(params, line, place, np.full_like(place, line.shape[1]))
-            expected = np.asarray(hidden[0, -1], np.float64) @ (2 * HEAD16).astype(np.float64)
+            line = [*group.prompt, *response]  # what follows is seen by nobody before it
+            tokens = np.array([line + [0] * (T - len(line))], np.int32)
+            last_D = hidden(params, tokens, place, until)[0][0, len(line) - 1]
+            expected = np.asarray(last_D, np.float64) @ (2 * HEAD16).astype(np.float64)
             assert score == pytest.approx(expected, abs=1e-5)
 
 

@@ -73,15 +73,14 @@ def test_experiment_json_resolves_values_and_digests(dpo):
     assert stored["code"] == description.code_digest()
     assert stored["parent"] == experiment.digest(SFT)
     pairs = next(Path("runs").glob("sft-pairs-*/pairs.jsonl"))
-    groups = build._groups(
+    known = build.grouped(
         EXPERIMENT,
-        "data.source",
         build.read_records("data.source", str(pairs), dpo_jax.run),
         sentiment.tokenizer(),
         EXPERIMENT.algorithm(parts.model(EXPERIMENT)),
     )
-    assert stored["data"] == build.data_digest(groups)
-    assert stored["data"] != build.data_digest(groups[1:])
+    assert stored["data"] == build.data_digest(known.groups)
+    assert stored["data"] != build.data_digest(known.groups[1:])
 
 
 def test_metrics_have_the_names_of_trl(dpo):

@@ -99,8 +99,9 @@ def test_tests_alone_with_arguments_and_every_check_without(checkout, script):
     assert checkout.run(script, "-k", "losses or data").returncode == 0
     assert checkout.calls() == [["python", "-m", "pytest", "-k", "losses or data"]]
     assert checkout.run(script).returncode == 0
-    modules = [call[2:] for call in checkout.calls()]
-    assert modules == [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"], ["pytest"]]
+    *checks, tests = [call[2:] for call in checkout.calls()]
+    assert checks == [["ruff", "check"], ["ruff", "format", "--check"], ["pyright"]]
+    assert tests[0] == "pytest" and all(word.startswith("--") for word in tests[1:])
 
 
 def test_failed_check_stops(checkout):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.packing import pack
-from dpo_jax.data.views import pairs, partnered, select, unpaired
+from dpo_jax.data.views import first, pairs, partnered, select, unpaired
 from dpo_jax.structs import BadInput, Group
 
 NAMES = ("helpfulness", "safety")
@@ -44,6 +44,11 @@ def places(group: Group) -> list[int]:
 
 def lone(prompt: int, *answer: int, **fields) -> Group:
     return Group(ids(prompt), [ids(*answer)], **fields)
+
+
+def test_the_first_of_a_ranking_stands_alone():
+    (found,) = first([ranking(3, soft_label=0.9, margin=2.0)])
+    assert places(found) == [0] and found.soft_label is None and found.margin is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,11 @@ from dpo_jax.structs import Array, Metrics, Scored
 Loss = Callable[[Scored], Array]
 
 
+def flat(x_RG: Array) -> jax.Array:
+    """The groups of all rows side by side: x_B, or x_BK of x_RGK."""
+    return jnp.reshape(x_RG, (-1, *x_RG.shape[2:]))
+
+
 def weighted(weight_B: Array, x_B: Array) -> jax.Array:
     """sum_b weight_b x_b, where what has no weight cannot spoil the sum."""
     return jnp.sum(jnp.where(weight_B > 0, weight_B * x_B, 0.0))
@@ -109,7 +114,7 @@ def unpaired_metrics(
         ("chosen", label_B, desirable),
         ("rejected", 1 - label_B, 1 - desirable),
     ):
-        class_B = weight_B * of_B * jnp.where(share > 0, 1 / jnp.maximum(share, 1e-30), 0.0)
+        class_B = losses.measure.within(weight_B * of_B, share)
         found[f"rewards/{side}"] = weighted(class_B, reward_BK[:, 0])
         found[f"logps/{side}"] = weighted(class_B, scored.logp_BK[:, 0])
     return found | {"rewards/margins": found["rewards/chosen"] - found["rewards/rejected"]}

@@ -163,7 +163,7 @@ def _objective(
         batch = replace(batch, ref_logp_RN=found.ref_logp_RN)
     groups = _scored(plan, batch, found.logp_RN)
     if found.kl_RN is not None:
-        groups = replace(groups, kl_BK=_flat(plan.score(found.kl_RN, batch)))
+        groups = replace(groups, kl_BK=margins.flat(plan.score(found.kl_RN, batch)))
     if found.aligned_RN is not None:
         groups = replace(groups, aligned_BK=_mean(found.aligned_RN, batch))
     if plan.needs.partner:
@@ -172,26 +172,22 @@ def _objective(
     return value, {"loss": value, **_metrics(plan, groups, batch)}
 
 
-def _flat(x_RG: Array) -> jax.Array:
-    return jnp.reshape(x_RG, (-1, *x_RG.shape[2:]))
-
-
 def _scored(plan: Plan, batch: Batch, logp_RN: Array) -> Scored:
     """What the loss may know of the groups; B = R * G."""
 
     def optional(x_RG: Array | None) -> jax.Array | None:
-        return None if x_RG is None else _flat(x_RG)
+        return None if x_RG is None else margins.flat(x_RG)
 
     def response(x_RN: Array | None) -> jax.Array | None:
-        return None if x_RN is None else _flat(plan.score(x_RN, batch))
+        return None if x_RN is None else margins.flat(plan.score(x_RN, batch))
 
     scalars = {statistic.field for statistic in plan.needs.statistics} & batch.shared.keys()
     return Scored(
-        logp_BK=_flat(plan.score(logp_RN, batch)),
+        logp_BK=margins.flat(plan.score(logp_RN, batch)),
         ref_logp_BK=response(batch.ref_logp_RN),
-        length_BK=_flat(response_lengths(batch)),
-        mask_BK=_flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0)),
-        weight_B=_flat(batch.weight_RG),
+        length_BK=margins.flat(response_lengths(batch)),
+        mask_BK=margins.flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0)),
+        weight_B=margins.flat(batch.weight_RG),
         score_BKC=optional(batch.score_RGKC),
         label_B=optional(batch.label_RG),
         soft_label_B=optional(batch.soft_label_RG),
@@ -202,7 +198,9 @@ def _scored(plan: Plan, batch: Batch, logp_RN: Array) -> Scored:
 
 def _mean(x_RN: Array, batch: Batch) -> jax.Array:
     """The mean over the tokens of each response, x_BK, whatever the score is."""
-    return _flat(losses.measure.per_token(per_response(x_RN, batch), response_lengths(batch)))
+    return margins.flat(
+        losses.measure.per_token(per_response(x_RN, batch), response_lengths(batch))
+    )
 
 
 def _first(groups: Scored) -> Scored:
@@ -215,16 +213,19 @@ def _first(groups: Scored) -> Scored:
 def _summed(loss: Loss, groups: Scored, batch: Batch) -> jax.Array:
     """Every term of the loss under its own measure."""
     first_RG = per_response(batch.weight_RN, batch)[:, :, 0]
-    weight_B = {"groups": _flat(batch.weight_RG), "tokens": _flat(first_RG)}
+    weight_B = {"groups": margins.flat(batch.weight_RG), "tokens": margins.flat(first_RG)}
     total = jnp.zeros(())
+    everyone = {statistic.field for statistic in losses.needs(loss).statistics}
     for coefficient, term in losses.terms(loss):
-        loss_B = term(groups)
-        total += coefficient * margins.weighted(weight_B[losses.needs(term).measure], loss_B)
+        needs = losses.needs(term)
+        others = everyone - {statistic.field for statistic in needs.statistics}
+        loss_B = term(replace(groups, **dict.fromkeys(others)))  # one's delta is not another's
+        total += coefficient * margins.weighted(weight_B[needs.measure], loss_B)
     return total
 
 
 def _metrics(plan: Plan, groups: Scored, batch: Batch) -> Metrics:
-    needs, weight_B = plan.needs, _flat(batch.weight_RG)
+    needs, weight_B = plan.needs, margins.flat(batch.weight_RG)
     reward_BK = margins.implicit_rewards(groups, plan.loss)
     # a part of a split batch adds its share of what belongs to the whole step
     share = jnp.sum(weight_B)

@@ -28,7 +28,7 @@ from dpo_jax.structs import (
     Metrics,
     Model,
     Params,
-    TrainState,
+    as_it_is,
     join,
     precise,
 )
@@ -62,7 +62,7 @@ def reward(
     plan = _planned(model, loss, centering)
     return Algorithm(
         init=partial(_init, plan),
-        collect=_collect,
+        collect=as_it_is,
         measure=_measured,
         objective=partial(_objective, plan),
         fused=True,
@@ -137,12 +137,6 @@ def _init(plan: Plan, key: jax.Array, params: Params, frozen: Params) -> tuple[P
     return {**params, HEAD: jax.random.normal(key, (D,), kind) * (D + 1) ** -0.5}, {}
 
 
-def _collect(
-    state: TrainState, frozen: Params, batch: Batch, key: jax.Array
-) -> tuple[Batch, Memory]:
-    return batch, state.memory
-
-
 def _measured(batch: Batch) -> Batch:
     """Groups weigh as the data says."""
     return replace(batch, weight_RG=losses.measure.token_mean(batch.weight_RG))
@@ -152,30 +146,26 @@ def _objective(
     plan: Plan, params: Params, frozen: Params, memory: Memory, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
     """The loss of the rewards, and TRL's metrics."""
-    score_BK = _flat(reward_scores(plan.model, join(params, frozen), batch))
-    mask_BK = _flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0))
+    score_BK = margins.flat(reward_scores(plan.model, join(params, frozen), batch))
+    mask_BK = margins.flat(jnp.where(batch.end_RGK >= 0, 1.0, 0.0))
     there = {"mask_BK": mask_BK}
     if batch.margin_RG is not None:
-        there["margin"] = _flat(batch.margin_RG)
+        there["margin"] = margins.flat(batch.margin_RG)
     if batch.score_RGKC is not None:
-        there["target_BK"] = _flat(batch.score_RGKC)[:, :, 0]
+        there["target_BK"] = margins.flat(batch.score_RGKC)[:, :, 0]
     loss_B = plan.loss(score_BK, **{name: there[name] for name in plan.reads if name in there})
     loss_B += plan.centering * losses.centering(score_BK)
-    value = margins.weighted(_flat(batch.weight_RG), loss_B)
+    value = margins.weighted(margins.flat(batch.weight_RG), loss_B)
     return value, {"loss": value, **_metrics(batch, jax.lax.stop_gradient(score_BK), mask_BK)}
 
 
 def _metrics(batch: Batch, score_BK: jax.Array, mask_BK: jax.Array) -> Metrics:
     """The mean and the mean square are those of a group's responses, averaged over the groups."""
-    weight_B, count_B = _flat(batch.weight_RG), jnp.sum(mask_BK, axis=1)
-    criteria_BKC = None if batch.score_RGKC is None else _flat(batch.score_RGKC)
+    weight_B, count_B = margins.flat(batch.weight_RG), jnp.sum(mask_BK, axis=1)
+    criteria_BKC = None if batch.score_RGKC is None else margins.flat(batch.score_RGKC)
 
     def mean(x_BK: jax.Array) -> jax.Array:
         return margins.weighted(weight_B, losses.measure.per_token(jnp.sum(x_BK, axis=1), count_B))
 
     found = margins.reward_metrics(weight_B, score_BK, mask_BK, criteria_BKC, batch.criteria)
     return found | {"rewards/mean": mean(score_BK), "rewards/square": mean(score_BK**2)}
-
-
-def _flat(x_RG: Array) -> jax.Array:
-    return jnp.reshape(x_RG, (-1, *x_RG.shape[2:]))

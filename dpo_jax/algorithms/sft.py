@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dpo_jax.logprobs import token_logps
 from dpo_jax.losses.measure import token_mean
-from dpo_jax.structs import Algorithm, Array, Batch, Metrics, Model, Params, join
+from dpo_jax.structs import Algorithm, Array, Batch, Metrics, Model, Params, as_it_is, join
 
 
 def sft(model: Model, *, measure: Callable[[Array, Array], Array] = token_mean) -> Algorithm:
@@ -21,9 +21,6 @@ def sft(model: Model, *, measure: Callable[[Array, Array], Array] = token_mean) 
     def init(key: jax.Array, params: Params, frozen: Params):
         return params, {}
 
-    def collect(state, frozen, batch: Batch, key: jax.Array):
-        return batch, state.memory
-
     def measured(batch: Batch) -> Batch:
         return replace(batch, weight_RN=measure(batch.weight_RN, batch.slot_RN))
 
@@ -32,4 +29,4 @@ def sft(model: Model, *, measure: Callable[[Array, Array], Array] = token_mean) 
         loss = -jnp.sum(batch.weight_RN * logp_RN)
         return loss, {"loss": loss}
 
-    return Algorithm(init, collect, measured, objective, fused=True)
+    return Algorithm(init, as_it_is, measured, objective, fused=True)

@@ -28,6 +28,13 @@ def pandalm(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "responses": responses, "scores": scores, "idx": row["idx"]}
 
 
+def blimp(row: Mapping[str, Any]) -> dict[str, Any]:
+    """BLiMP's minimal pairs, Warstadt et al. 1912.00582: whole sentences as answers to nothing, so
+    that SFT on the good ones learns all of their words.
+    """
+    return {"prompt": "", "chosen": row["sentence_good"], "rejected": row["sentence_bad"]}
+
+
 def oasst_tree(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A tree of Open Assistant, Koepf et al. 2304.07327: a list for every message of a user that
     has two ranked replies or more, with the conversation up to it as the prompt.

@@ -51,6 +51,11 @@ def _pairs(group: Group, b: int) -> list[Group]:
     return [select(group, (k, count - 1 - k)) for k in range(count // 2)]
 
 
+def first(groups: Sequence[Group]) -> list[Group]:
+    """The best response of every group alone: SFT on the chosen ones of pairs."""
+    return [select(group, (0,)) for group in groups]
+
+
 def unpaired(groups: Sequence[Group]) -> list[Group]:
     """Every response alone: label 1 for the better half of its group, 0 for the other.
 

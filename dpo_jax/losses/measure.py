@@ -63,6 +63,13 @@ def per_token(x: Array, length: Array) -> jax.Array:
     return x / jnp.maximum(floating(length), 1).astype(x.dtype)
 
 
+def within(weight_B: Array, share: Array) -> jax.Array:
+    """The measure of a class of groups: those of its weights in `weight_B` divided by `share`, what
+    they sum to over the whole step; 0 for a class that is not there."""
+    weight_B = floating(weight_B)
+    return jnp.where(share > 0, weight_B / jnp.where(share > 0, share, 1), 0)
+
+
 def _normalized(share_BN: jax.Array) -> jax.Array:
     total = jnp.sum(share_BN)
     return share_BN / jnp.where(total == 0, 1, total)

@@ -53,9 +53,14 @@ def plackett_luce(score_BK: Array, mask_BK: Array | None = None) -> jax.Array:
     score_BK = jnp.where(mask_BK, score_BK, nothing)
     # The stage of k is Bradley-Terry between k and all that follow, pooled by logsumexp: relative
     # precision where the winner is clear, and exactly the pair's loss at K = 2.
-    rest_BK = jax.lax.cumlogsumexp(score_BK, axis=1, reverse=True)[:, 1:]
-    stage_BK = -jax.nn.log_sigmoid(score_BK[:, :-1] - rest_BK)
+    stage_BK = -jax.nn.log_sigmoid(score_BK[:, :-1] - _following(score_BK))
     return jnp.sum(jnp.where(mask_BK[:, :-1], stage_BK, 0), axis=1)
+
+
+@jax.jit  # its derivative is a tree of small operations, slow to call one by one
+def _following(score_BK: jax.Array) -> jax.Array:
+    """log sum_{j > k} exp(score_j), of all places but the last."""
+    return jax.lax.cumlogsumexp(score_BK, axis=1, reverse=True)[:, 1:]
 
 
 @needs(reference=False, responses=None)
