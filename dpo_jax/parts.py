@@ -99,15 +99,16 @@ class Policy(NamedTuple):
 
 
 def from_folder(name: str) -> Policy:
-    """A model of Hugging Face, a folder or hub name, with its own tokenizer, on the first device.
+    """A model of Hugging Face or an adapter to one, a folder or hub name, with the tokenizer that
+    is there, on the first device.
 
     Raises: BadInput where there is none, or a run directory, which does not hold its tokenizer.
     """
     if rundir.is_run(epath.Path(name)):
         raise BadInput(f"{name} is a run: name its experiment, or `dpo-jax export` it to a folder")
-    home = hf.folder(name)
-    decoder_model, params, _ = hf.load(home)
-    return Policy(decoder_model, params, _pretrained(str(home)))
+    given, architecture = _foreign(name, None, "float32")
+    made = decoder(architecture, lora=given.lora)
+    return Policy(made, given.params, _pretrained(str(hf.folder(name))))
 
 
 # The weights of a parent
@@ -130,7 +131,7 @@ def stored(experiment: Experiment, parent: str) -> Weights:
 def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
     home = epath.Path(name)
     if not rundir.is_run(home):
-        return _foreign(name, places, dtype)
+        return _foreign(name, places, dtype)[0]
     record = rundir.read(home)
     lora = Lora(**record["lora"]) if "lora" in record else None
     architecture = Config(**record["model"])
@@ -144,15 +145,15 @@ def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
     return Weights(join(own, {"base": base}), lora)
 
 
-def _foreign(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
+def _foreign(name: str, places: jax.sharding.Mesh | None, dtype: str) -> tuple[Weights, Config]:
     """Of Hugging Face: those of a model, or of an adapter and the model that it names."""
     home = hf.folder(name)
     below = hf_adapter.base_of(home)
     _, params, architecture = hf.load(below or name, sharding=places, dtype=dtype)
     if below is None:
-        return Weights(params)
+        return Weights(params), architecture
     lora, own = hf_adapter.load_adapter(home, architecture)
-    return Weights({"base": params, "lora": own}, lora)
+    return Weights({"base": params, "lora": own}, lora), architecture
 
 
 def finished(experiment: Experiment, home: epath.Path, places: jax.sharding.Mesh) -> Params:

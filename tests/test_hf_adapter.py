@@ -37,7 +37,7 @@ def drawn(config, lora: Lora, seed: int = 0) -> dict[str, Any]:
     """Adapters whose B is not zero."""
     shapes = jax.eval_shape(decoder(config, lora=lora).init, jax.random.key(0))["lora"]["layers"]
     rng = np.random.default_rng(seed)
-    values = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    values = {name: rng.normal(0, 0.3, x.shape).astype(np.float32) for name, x in shapes.items()}
     return {"lora": {"layers": values}}
 
 

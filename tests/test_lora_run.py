@@ -255,4 +255,9 @@ def test_an_adapter_of_peft_can_be_the_parent(tuned):
     chosen = replace(SHORT, name="foreign", parent="adapted")
     result = dpo_jax.run(replace(chosen, optim=Optim(learning_rate=0.0)))
     assert same(result.params, {"base": whole["base"], "lora": own})
+    sentiment.tokenizer().save_pretrained("adapted")
+    policy = parts.from_folder("adapted")
+    assert same(policy.params, result.params)
+    one_RT = np.ones((1, 1), np.int32)
+    assert policy.model.hidden(policy.params, one_RT, one_RT, one_RT)[0].shape == (1, 1, config.D)
     assert next(row["loss"] for row in rows(result.directory) if "loss" in row) == LN2
