@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import parallel, parts, rundir
+from dpo_jax import parallel, parts, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
@@ -84,6 +84,12 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     )
 
 
+def start(experiment: Experiment, mesh: jax.sharding.Mesh, run: Callable[..., Any]) -> Params:
+    """The weights before the first step, which a reference keeps, as the Model takes them, on the
+    mesh."""
+    return _params(experiment, mesh, Materials(_parents(experiment, run), [], [], []))
+
+
 def _parents(experiment: Experiment, run: Callable[..., Any]) -> Params | None:
     """The weights of the parent as this run takes them up; None where there is none."""
     parent = experiment.parent
@@ -105,12 +111,15 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
 
     made, algorithm = readers(experiment)
     rows = parallel.row_multiple(mesh)
-    groups = _groups(experiment, "data.source", given.data, made, algorithm)
+    groups = read_groups(experiment, "data.source", given.data, made, algorithm)
     batches = loader(experiment, groups, rows)
     held_out: list[Batch] = []
     if given.held_out:
-        groups = _groups(experiment, "evaluation.source", given.held_out, made, algorithm)
+        groups = read_groups(experiment, "evaluation.source", given.held_out, made, algorithm)
         held_out = list(held_out_batches(experiment, groups, rows))
+    if given.prompts and decoder_model.places is not None:
+        prompts = template.encode_prompts(given.prompts, made)
+        sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
     shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
     params, frozen = parted(_params(experiment, mesh, given))
     # copies: the loop donates the policy's arrays. Adapters that are new say nothing yet
@@ -252,7 +261,7 @@ def _check_algorithm(experiment: Experiment, algorithm: Algorithm) -> None:
         )
 
 
-def _groups(
+def read_groups(
     experiment: Experiment, role: str, found: Records, made: Any, algorithm: Algorithm
 ) -> list[Group]:
     """Groups of one role as the algorithm takes them; what was dropped is said once."""
@@ -278,7 +287,22 @@ def grouped(experiment: Experiment, found: Records, made: Any, algorithm: Algori
         if arrange is not None:
             groups, before = arrange(groups), len({group.record for group in groups})
             arranged.append((show(arrange), len({group.record for group in groups}), before))
-    return Grouped(algorithm.prepare(groups, data.row_tokens), counts, tuple(arranged))
+    groups = algorithm.prepare(groups, data.row_tokens)
+    _check_places(parts.model(experiment), groups)
+    return Grouped(groups, counts, tuple(arranged))
+
+
+def _check_places(model: Model, groups: Sequence[Group]) -> None:
+    """BadInput where a prompt and one response need more positions than the model has: a row may
+    be longer than that, for the positions of every response begin behind its prompt."""
+    sizes = [len(g.prompt) + max(map(len, g.responses), default=0) for g in groups]
+    if model.places is not None and max(sizes, default=0) > model.places:
+        raise BadInput(
+            f"data.row_tokens lets through a prompt and response of {max(sizes)} tokens (record "
+            f"{groups[int(np.argmax(sizes))].record}), the model has model.P={model.places} "
+            f"positions: set data.row_tokens={model.places}, and data.truncation says what becomes "
+            "of longer ones"
+        )
 
 
 def data_digest(groups: Sequence[Group]) -> str:

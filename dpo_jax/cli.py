@@ -6,28 +6,15 @@ Unusable input is one line on stderr and exit status 2.
 import argparse
 import ctypes
 import difflib
-import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from dpo_jax.structs import BadInput
-
-COMMANDS = {
-    "train": "train an experiment, and the parents and data that it lacks; resumes what was broken",
-    "frontier": "train the members of FRONTIER, or one run for every value of a list, and compare",
-    "sweep": "train the members of SWEEP, or a run for every combination of lists of values, and "
-    "compare their last evaluations, seeds averaged",
-    "eval": "print the last evaluation of a finished run",
-    "sample": "print responses of a finished run to `evaluation.prompts`, a JSON line each",
-    "inspect": "show what the model will see of the data, token by token, and write it as a page: "
-    "--rows N groups or --record N, with --ids, to --html FILE",
-}
-LOSSES = (
-    "list every loss: name, formula, paper, needs; `losses kl` for what the KL estimators estimate"
-)
+from dpo_jax.usage import COMMANDS, FLAGS, LOSSES, READERS, WHAT, WORDS
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,16 +47,16 @@ def command(argv: list[str]) -> int:
         inner = commands.add_parser(
             name, help=purpose, description=purpose, add_help=False, allow_abbrev=False
         )
-        inner.add_argument("experiment", nargs="?", help="a file path or a module name")
-        inner.add_argument("overrides", nargs="*", metavar="option=value", help="dotted.path=value")
+        inner.add_argument("experiment", nargs="?", help=WHAT.get(name, "a file or a module name"))
+        more = WORDS.get(name, [])
+        words = " ".join([*(word for word, _ in more), "option=value"])
+        said = "; ".join([*(about for _, about in more), "dotted.path=value of the experiment"])
+        inner.add_argument("words", nargs="*", metavar=words, help=said)
+        for flag, options in FLAGS.get(name, {}).items():
+            inner.add_argument(flag, **options)
         inner.add_argument(
             "-h", "--help", action="store_true", help="list the options, those of an experiment too"
         )
-    inspect = commands.choices["inspect"]
-    inspect.add_argument("--rows", type=int, default=3, help="groups shown of each source")
-    inspect.add_argument("--record", type=int, help="show this record of data.source, in full")
-    inspect.add_argument("--ids", action="store_true", help="show the id of every token")
-    inspect.add_argument("--html", metavar="FILE", help="the page; runs/<run>-inspect.html if none")
     about_losses = commands.add_parser("losses", help=LOSSES, description=LOSSES)
     about_losses.add_argument("what", nargs="?", choices=("table", "kl"), default="table")
     names = (*COMMANDS, "losses")
@@ -79,7 +66,8 @@ def command(argv: list[str]) -> int:
     flags = [word for word in rest if word.startswith("-")]
     if flags:
         path = flags[0].lstrip("-")
-        wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], ["--help"])
+        known = [*FLAGS.get(arguments.command, {}), "--help"]
+        wanted = f"; write {path} without dashes" if "=" in path else _nearest(flags[0], known)
         raise BadInput(f"no argument {flags[0]!r}{wanted}")
     if arguments.command == "losses":
         return _losses(arguments.what)
@@ -88,10 +76,14 @@ def command(argv: list[str]) -> int:
             raise BadInput(f"{arguments.command}: name an experiment, a file path or a module name")
         commands.choices[arguments.command].print_help()
         return 0
-    overrides = parse_overrides([*arguments.overrides, *rest])
-    if arguments.command == "inspect" and not arguments.help:
-        return _inspect(arguments, overrides)
-    return _run(arguments.command, arguments.experiment, overrides, arguments.help)
+    arguments.words += rest
+    return _run(arguments, commands.choices[arguments.command])
+
+
+def parted(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(overrides, the other words): an override is dotted.path=value. Raises as parse_overrides."""
+    given = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
+    return parse_overrides(given), [word for word in words if word not in given]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -126,27 +118,31 @@ def _keep_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def _run(name: str, where: str, overrides: dict[str, str], wants_help: bool) -> int:
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from dpo_jax import experiment
 
     _keep_compilations()
     _keep_memory()
-    module = experiment.load(where)
-    if wants_help:
-        print(listing(name, where, experiment.override(module.EXPERIMENT, overrides)))
-    elif name == "frontier":
-        _frontier(module, overrides)
-    elif name == "sweep":
-        _sweep(module, overrides)
-    elif name == "sample":
-        _sample(module, overrides)
+    name, where = arguments.command, arguments.experiment
+    overrides, others = parted(arguments.words)
+    if name not in WORDS and others:
+        parse_overrides(others)  # refuses them
+    if arguments.help:
+        chosen = experiment.override(experiment.load(where).EXPERIMENT, overrides)
+        print(listing(name, where, chosen, parser.format_help() if name in FLAGS else ""))
+    elif name == "inspect":
+        _inspect(arguments, overrides)
+    elif name in READERS:
+        from dpo_jax import commands
+
+        getattr(commands, name)(arguments, overrides, others)
     else:
-        chosen = experiment.override(module.EXPERIMENT, overrides)
-        (_train if name == "train" else _eval)(chosen)
+        module = experiment.load(where)
+        {"train": _train, "frontier": _frontier, "sweep": _sweep}[name](module, overrides)
     return 0
 
 
-def listing(name: str, where: str, experiment: Any) -> str:
+def listing(name: str, where: str, experiment: Any, usage: str = "") -> str:
     """Usage, and every option of an experiment with its value, a line each."""
     from dpo_jax.experiment import options
     from dpo_jax.values import show
@@ -156,14 +152,15 @@ def listing(name: str, where: str, experiment: Any) -> str:
     # a function's keywords follow on lines of their own
     names = [getattr(value, "func", value) for _, value in found]
     lines = [f"  {path:<{width}} = {show(n)}" for (path, _), n in zip(found, names, strict=True)]
-    purpose = f"usage: dpo-jax {name} {where} [option=value ...]\n\n{COMMANDS[name]}\n\noptions:"
-    return "\n".join([purpose, *lines])
+    short = f"usage: dpo-jax {name} {where} [option=value ...]\n\n{COMMANDS[name]}\n"
+    return "\n".join([usage or short, "options:", *lines])
 
 
-def _train(experiment: Any) -> None:
+def _train(module: ModuleType, overrides: dict[str, str]) -> None:
     from dpo_jax import train
+    from dpo_jax.experiment import override
 
-    train.run(experiment)
+    train.run(override(module.EXPERIMENT, overrides))
 
 
 def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
@@ -175,7 +172,7 @@ def _frontier(module: ModuleType, overrides: dict[str, str]) -> None:
     frontier.frontier(members, directory=directory or f"runs/{name}", name=name)
 
 
-def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from etils import epath
 
     from dpo_jax import experiment, rundir
@@ -187,7 +184,6 @@ def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     page.write(found, file)
     terminal.show(found, ids=arguments.ids, whole=arguments.record is not None)
     print(f"page: {file}")
-    return 0
 
 
 def _losses(what: str) -> int:
@@ -245,56 +241,6 @@ def frontier_members(module: ModuleType, overrides: dict[str, str]) -> tuple[Any
             "several values, as algorithm.loss.beta=.03,.1,.3, or the module a FRONTIER"
         )
     return members
-
-
-def _finished(experiment: Any) -> Any:
-    """The result of a run that is there already. Raises BadInput where it has not finished."""
-    from dpo_jax import rundir, train
-
-    home = rundir.place(experiment)
-    rundir.check(experiment, home)
-    if rundir.result(experiment, home) is None:
-        raise BadInput(
-            f"{home} holds no finished run of {experiment.name}: `dpo-jax train` it first"
-        )
-    return train.run(experiment)
-
-
-def _eval(experiment: Any) -> None:
-    metrics = _finished(experiment).metrics
-    if not metrics:
-        raise BadInput("nothing was evaluated: the experiment has no evaluation.source or .prompts")
-    for name, value in sorted(metrics.items()):
-        print(f"{name} = {value:.6g}")
-
-
-def _sample(module: ModuleType, overrides: dict[str, str]) -> None:
-    """The run is the one without the overrides of `evaluation`: any prompts will do."""
-    import jax
-
-    from dpo_jax import build, evaluate, train
-    from dpo_jax.experiment import override
-
-    whole = override(module.EXPERIMENT, overrides)
-    wanted = whole.evaluation
-    if wanted.prompts is None:
-        raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl")
-    own = {path: new for path, new in overrides.items() if not path.startswith("evaluation.")}
-    result = _finished(override(module.EXPERIMENT, own))
-    drawn = evaluate.completions(
-        result.model,
-        result.params,
-        {},
-        build.read_records("evaluation.prompts", wanted.prompts, train.run, whole.data),
-        result.tokenizer,
-        rewards=wanted.rewards,
-        key=jax.random.key(result.experiment.run.seed),
-        n=wanted.samples,
-        max_tokens=wanted.max_tokens,
-        temperature=wanted.temperature,
-    )
-    for row in drawn.rows(result.experiment.run.steps):
-        print(json.dumps(row))
 
 
 def _nearest(word: str, candidates: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpo_jax.data.loader import sequential
 from dpo_jax.data.template import encode_prompts, response_end
+from dpo_jax.data.tokens import vocabulary
 from dpo_jax.logprobs import per_response, token_kls
 from dpo_jax.parallel import row_multiple, shard_batch
 from dpo_jax.sampling import sample
@@ -137,6 +138,8 @@ def completions(
     n: int = 1,
     max_tokens: int,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Completions:
     """Samples n responses to the prompts of records, scores their texts, and takes the KL.
 
@@ -148,7 +151,17 @@ def completions(
     prompts = encode_prompts(records, tokenizer)
     eos = response_end([record["prompt"] for record in records], tokenizer)
     drawn = sample(
-        model, whole, prompts, key=key, eos=eos, n=n, max_tokens=max_tokens, temperature=temperature
+        model,
+        whole,
+        prompts,
+        key=key,
+        eos=eos,
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        vocabulary=vocabulary(tokenizer),
     )
     flat = [response for responses in drawn.responses for response in responses]
     texts = tokenizer.batch_decode([ids[ids != eos] for ids in flat])

@@ -209,6 +209,7 @@ class Evaluation(Value):
     """What is measured beside training: pairs held out, and responses sampled to prompts.
 
     rewards: functions (records, responses) -> score_B, reported on the samples; the true one first.
+    temperature: 0 takes the likeliest token. top_k, top_p: 0 and 1 are off.
     """
 
     source: Annotated[str | Records | Sampled | None, INPUTS_0] = None
@@ -217,6 +218,19 @@ class Evaluation(Value):
     samples: Annotated[Count, FOR_PROMPTS] = 1
     max_tokens: Annotated[Count, FOR_PROMPTS] = 64
     temperature: Annotated[Amount, FOR_PROMPTS] = 1.0
+    top_k: Annotated[Every, FOR_PROMPTS | {"later": True}] = 0
+    top_p: Annotated[Amount, FOR_PROMPTS | {"later": True}] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"evaluation.top_p={self.top_p}: it must be above 0 and at most 1")
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The keywords of `evaluate.completions` that say how responses are drawn."""
+        names = ("max_tokens", "temperature", "top_k", "top_p")
+        return {"n": self.samples} | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, eq=False)

@@ -147,9 +147,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
             parent.tokenizer,
             rewards=wanted.rewards[:1],
             key=jax.random.fold_in(jax.random.key(member.run.seed), start),
-            n=SAMPLES,
-            max_tokens=wanted.max_tokens,
-            temperature=wanted.temperature,
+            **dict(wanted.drawing, n=SAMPLES),
         )
         scores += list(drawn.rewards.values())
     score_BK = np.concatenate(scores)

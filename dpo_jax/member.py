@@ -102,9 +102,7 @@ class Member:
                 rewards=wanted.rewards,
                 mesh=setup.mesh,
                 key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
-                n=wanted.samples,
-                max_tokens=wanted.max_tokens,
-                temperature=wanted.temperature,
+                **wanted.drawing,
             )
             values |= drawn.metrics()
             metrics.append_rows(self.home / "samples.jsonl", step, drawn.rows(step))

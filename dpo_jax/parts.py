@@ -73,21 +73,21 @@ def tokenizer(experiment: Experiment) -> Any:
     """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
     what a function makes, or read from a folder or name."""
     wanted, written = experiment.data.tokenizer, experiment.data.template
-    made = wanted() if callable(wanted) else _pretrained(wanted)
+    made = wanted() if callable(wanted) else _pretrained(wanted, "data.tokenizer=")
     if written is not None:
         made = copy.deepcopy(made)  # a function may give the same one again
         made.chat_template = conversations.chat_template(written)
     return made
 
 
-def _pretrained(name: str) -> Any:
+def _pretrained(name: str, option: str = "") -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"{name}: no tokenizer there ({reason})") from None
+        raise BadInput(f"{option}{name}: no tokenizer there ({reason})") from None
 
 
 class Policy(NamedTuple):

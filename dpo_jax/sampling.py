@@ -12,6 +12,7 @@ from dpo_jax.parallel import letters
 from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
+ALL = 2**31 - 1  # ids
 
 
 class Samples(NamedTuple):
@@ -34,6 +35,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    vocabulary: int | None = None,
     records: Sequence[int] | None = None,
     rows: int = 512,
 ) -> Samples:
@@ -42,8 +44,10 @@ def sample(
     prompts: int32 id arrays, not empty. records: what numbers a prompt for its random key (its
     place by default): sample k of record r draws from fold_in(fold_in(key, r), k), so batch size,
     order and mesh do not change it. temperature 0 takes the likeliest token. top_k 0 and top_p 1
-    are off; both keep at least one token. rows: sequences that run side by side.
-    Raises: BadInput for options out of range or an empty prompt.
+    are off; both keep at least one token. vocabulary: ids from this on are never drawn, such as
+    those that pad an embedding beyond its tokenizer; None = all may be. rows: sequences that run
+    side by side, at most.
+    Raises: BadInput for options out of range, an empty prompt, or more positions than there are.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or n < 1:
         raise BadInput(
@@ -51,10 +55,12 @@ def sample(
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise BadInput("sampling wants prompts of at least one token (BOS, say)")
+    check_places(model, prompts, max_tokens)
     if not prompts:
         return Samples([], [], np.zeros((0, n), bool))
     numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
-    per_call = max(1, rows // n)
+    # of a few prompts no more rows than they fill, of many always the same number
+    per_call = max(1, min(rows // n, 1 << (len(prompts) - 1).bit_length()))
     longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
@@ -68,11 +74,23 @@ def sample(
             length_B[row] = len(prompt)
         record_B = np.zeros(per_call, np.int32)
         record_B[: len(part)] = part_numbers
-        drawn = run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p)
+        cuts = (ALL if vocabulary is None else vocabulary, temperature, top_k, top_p)
+        drawn = run(params, tokens_BP, length_B, record_B, key, *cuts)
         drawn_BKM, logp_BKM = jax.device_get(drawn)
         tokens.append(drawn_BKM[: len(part)])
         logps.append(logp_BKM[: len(part)])
     return _trimmed(np.concatenate(tokens), np.concatenate(logps), eos)
+
+
+def check_places(model: Model, prompts: Sequence[np.ndarray], max_tokens: int) -> None:
+    """Raises BadInput where a prompt and max_tokens behind it need more positions than a model
+    has."""
+    longest = max(map(len, prompts), default=0)
+    if model.places is not None and longest + max_tokens > model.places:
+        raise BadInput(
+            f"the longest prompt takes {longest} positions and evaluation.max_tokens={max_tokens} "
+            f"more, the model has model.P={model.places}: lower max_tokens or shorten the prompts"
+        )
 
 
 def _trimmed(tokens_BKM: np.ndarray, logp_BKM: np.ndarray, eos: int) -> Samples:
@@ -93,7 +111,7 @@ def _compiled(
 ):
     """The jitted sampler of one model and one set of flags; rates and cuts are traced."""
 
-    def run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p):
+    def run(params, tokens_BP, length_B, record_B, key, vocabulary, temperature, top_k, top_p):
         B, P = tokens_BP.shape
         S = P + max_tokens
         place_P = jnp.arange(P, dtype=jnp.int32)
@@ -115,11 +133,13 @@ def _compiled(
             hidden_RD, cache, ended_R = carry
             logits_RV = precise(model.unembed(params, hidden_RD))
             logits_RV = logits_RV if greedy else logits_RV / temperature
-            kept_RV = keep_top_k(logits_RV, top_k) if by_k else logits_RV
+            id_V = jnp.arange(logits_RV.shape[-1])
+            kept_RV = jnp.where(id_V[None, :] < vocabulary, logits_RV, -jnp.inf)
+            kept_RV = keep_top_k(kept_RV, top_k) if by_k else kept_RV
             kept_RV = keep_top_p(kept_RV, top_p) if by_p else kept_RV
             draws = jax.vmap(jax.random.fold_in, (0, None))(keys_R, t)
             drawn_R = jax.vmap(jax.random.categorical)(draws, kept_RV)
-            token_R = jnp.argmax(logits_RV, axis=-1) if greedy else drawn_R
+            token_R = jnp.argmax(kept_RV, axis=-1) if greedy else drawn_R
             token_R = jnp.where(ended_R, eos, token_R).astype(jnp.int32)
             logp_R = jnp.take_along_axis(jax.nn.log_softmax(logits_RV), token_R[:, None], axis=-1)[
                 :, 0

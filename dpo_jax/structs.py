@@ -115,12 +115,16 @@ class TrainState:
 
 
 class Model(NamedTuple):
-    """A decoder as three pure functions; `params` is join(trained, frozen)."""
+    """A decoder as three pure functions; `params` is join(trained, frozen).
+
+    places: how many positions it has, as a learned table of them does; None = any number.
+    """
 
     init: Callable[[Key], Params]
     # (params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)
     hidden: Callable[..., tuple[jax.Array, Any]]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, hidden_...D) -> logits_...V
+    places: int | None = None
 
 
 def unchanged(groups: list[Group], row_tokens: int | None = None) -> list[Group]:

@@ -162,9 +162,7 @@ def start_value(chosen: Sweep) -> float | None:
         parent.tokenizer,
         rewards=(known[reward],),
         key=jax.random.key(0),
-        n=wanted.samples,
-        max_tokens=wanted.max_tokens,
-        temperature=wanted.temperature,
+        **wanted.drawing,
     )
     return drawn.metrics()[f"samples/{reward}"]
 

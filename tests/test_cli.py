@@ -81,8 +81,12 @@ def place(tmp_path, monkeypatch):
         (["trian"], ["no command 'trian'", "nearest is train"]),
         (["--hlep"], ["no command '--hlep'"]),
         (["eval", "tries/small.py"], ["runs/mine holds no finished run of small"]),
-        (["sample", "tries/small.py"], ["evaluation.prompts=FILE.jsonl"]),
+        (["sample", "tries/small.py"], ["runs/mine holds no finished run of small"]),
         (["sample", "tries/small.py", "evaluation.prompts=x.jsonl"], ["no finished run of small"]),
+        (["score", "tries/small.py", "x.jsonl"], ["no finished run of small"]),
+        (["export", "tries/small.py", "x"], ["no finished run of small"]),
+        (["eval", "tries/small.py", "x"], ["'x' is no override"]),
+        (["export", "tries/small.py", "x", "--dtpe=y"], ["no argument '--dtpe=y'"]),
         (["train"], ["name an experiment"]),
         (["train", "tries/smal.py"], ["no file tries/smal.py", "nearest is tries/small.py"]),
         (["train", "tries.smal"], ["no module 'tries.smal'"]),
@@ -111,7 +115,10 @@ def test_unusable_input_is_one_line_and_status_2(place, capsys, words, said):
     assert [path for path in sorted(place.rglob("*")) if "pycache" not in str(path)] == before
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["frontier", "-h"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["frontier", "-h"], ["score", "-h"], ["sample", "-h"]],
+)
 def test_help_of_the_command(capsys, words):
     try:
         status = cli.main(words)
@@ -140,6 +147,12 @@ def test_help_of_an_experiment_lists_every_option_with_its_value(place, capsys, 
     assert listed["algorithm.loss"] == "losses.dpo"
     assert listed["run.dir"] == "runs/mine"
     assert listed["model.D"] == "8"
+
+
+def test_help_of_a_command_with_flags_says_what_they_do(place, capsys):
+    assert cli.main(["score", "tries/small.py", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--reference-free" in said and "FILE" in said and "run.dir" in said
 
 
 def test_members_of_a_frontier(place):

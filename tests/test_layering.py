@@ -25,7 +25,7 @@ LAYERS = (
     {"losses", "data", "parallel"},
     {"models", "worlds"},
     {"logprobs"},
-    {"sampling", "refcache", "optim", "checkpoint", "metrics"},
+    {"sampling", "refcache", "optim", "checkpoint", "metrics", "agreement"},
     {"algorithms"},
     {"functions"},
     {"values"},
@@ -39,7 +39,8 @@ LAYERS = (
     {"member"},
     {"train"},
     {"together"},
-    {"frontier", "sweep", "plan", "check", "inspect_data", "score", "report"},
+    {"frontier", "sweep", "plan", "check", "inspect_data", "score", "export", "report"},
+    {"commands", "usage"},
     {"cli"},
     {"experiments", "scripts"},
 )

@@ -16,15 +16,16 @@ from tiny import relative_error
 from tiny_runs import SFT, rows, timeless, words
 
 import dpo_jax
-from dpo_jax import build, losses, parts
+from dpo_jax import build, losses, parts, score
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.reference import soft_update
 from dpo_jax.algorithms.reward import reward
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import Data, Evaluation, Experiment, Lora, Optim, Run
+from dpo_jax.export import export
 from dpo_jax.member import Member
 from dpo_jax.models import hf
-from dpo_jax.models.hf_adapter import save_adapter
+from dpo_jax.models.hf_adapter import load_adapter, save_adapter
 from dpo_jax.models.lora import merged
 from dpo_jax.structs import BadInput
 from dpo_jax.together import run_all
@@ -63,6 +64,14 @@ DPO = Experiment(
     ),
 )
 SHORT = replace(DPO, run=Run(steps=1), evaluation=Evaluation(), optim=Optim(learning_rate=0.01))
+
+
+MOVING = replace(
+    SHORT,
+    name="moving",
+    algorithm=partial(DPO.algorithm, reference=partial(soft_update, alpha=1.0, every=2)),
+    run=Run(steps=4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +204,7 @@ def test_a_directory_can_be_the_parent(dpo, tuned):
 
 def test_a_moving_reference_is_one_of_adapters(tuned):
     """The hard update after two steps puts the third where the first was."""
-    moving = partial(soft_update, alpha=1.0, every=2)
-    algorithm = partial(DPO.algorithm, reference=moving)
-    chosen = replace(SHORT, name="moving", algorithm=algorithm, run=Run(steps=4))
-    result = dpo_jax.run(chosen)
+    result = dpo_jax.run(MOVING)
     found = [row["loss"] for row in rows(result.directory) if "loss" in row]
     assert found[0] == LN2 and found[2] == LN2
     assert found[1] != LN2 and found[3] != LN2
@@ -261,3 +267,36 @@ def test_an_adapter_of_peft_can_be_the_parent(tuned):
     one_RT = np.ones((1, 1), np.int32)
     assert policy.model.hidden(policy.params, one_RT, one_RT, one_RT)[0].shape == (1, 1, config.D)
     assert next(row["loss"] for row in rows(result.directory) if "loss" in row) == LN2
+
+
+def test_a_run_goes_out_merged_or_as_its_adapter(dpo, tuned):
+    """And comes back; the base of the adapter is a run, which is exported beside it."""
+    export(dpo, "merged")
+    _, params, _ = hf.load("merged")
+    assert same(params, merged(dpo.params, LORA))
+    export(dpo, "alone-adapter", adapter=True)
+    found, own = load_adapter("alone-adapter", SFT.model)
+    assert found == LORA and same(own, dpo.params["lora"])
+    assert not (Path("alone-adapter") / "config.json").exists()
+    said = json.loads((Path("alone-adapter") / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] is None
+    with pytest.raises(BadInput, match="--adapter: sft trains all weights; leave it out"):
+        export(dpo_jax.run(SFT), "nothing", adapter=True)
+    assert not Path("nothing").exists()
+
+
+def test_a_run_is_scored_against_the_adapters_it_started_from(dpo):
+    """Its implicit rewards are beta times what adapters changed; a moving reference's too."""
+    reviews = list(pairs())[:4]
+    for each, reference in ((dpo, None), (dpo_jax.run(MOVING), "moved")):
+        judge = score.judge(each)
+        assert judge.reference is not None
+        began = judge.reference[1]["lora"]
+        if reference is None:
+            assert same(began, dpo_jax.run(TUNED).params["lora"])
+        else:
+            assert not same(began, dpo_jax.run(TUNED).params["lora"])
+        assert same(judge.reference[1]["base"], each.params["base"])
+        [row, *_] = score.scores(judge, partial(list, reviews))
+        gaps = np.subtract(row["logps"], row["ref_logps"])
+        np.testing.assert_allclose(row["scores"], 0.5 * gaps, rtol=1e-5, atol=1e-6)

@@ -236,3 +236,73 @@ def words(records, responses):
     """The number of words, 100 more for the second prompt, so that a swap would show."""
     extra = [100 * ("sequel" in record["prompt"]) for record in records]
     return np.array([len(text.split()) for text in responses]) + np.array(extra)
+
+
+PADDED = decoder(Config(V=24, D=8, L=1, H=2, J=1, E=4, F=8, tied=False))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 2}])
+def test_ids_behind_the_vocabulary_are_never_drawn(options):
+    """Though theirs are the largest logits; log-probs stay those of the whole policy."""
+    params = PADDED.init(jax.random.key(0))
+    params = {**params, "unembed_DV": params["unembed_DV"].at[:, 17:].multiply(30.0)}
+    prompts = [np.array([4, 5], np.int32), np.array([6], np.int32)]
+    given = {"key": KEY, "eos": NEVER, "n": 4, "max_tokens": 6, **options}
+    free = sample(PADDED, params, prompts, **given)
+    assert max(ids.max() for row in free.responses for ids in row) >= 17
+    kept = sample(PADDED, params, prompts, vocabulary=17, **given)
+    assert max(ids.max() for row in kept.responses for ids in row) < 17
+    groups = [Group(*pair) for pair in zip(prompts, kept.responses, strict=True)]
+    for i, group in enumerate(groups):
+        batch = pack([group], row_tokens=32)
+        logp_N = np.asarray(token_logps(PADDED, params, batch))[0]
+        for k in range(4):
+            expected = logp_N[batch.slot_RN[0] == k]
+            np.testing.assert_allclose(kept.logps[i][k], expected, atol=1e-4)
+
+
+def test_completions_draw_what_the_tokenizer_has():
+    tokenizer = sentiment.tokenizer()
+    size = len(tokenizer)
+    model = decoder(Config(V=size + 56, D=8, L=1, H=2, J=1, E=4, F=8, tied=False))
+    params = model.init(jax.random.key(0))
+    params = {**params, "unembed_DV": params["unembed_DV"].at[:, size:].multiply(30.0)}
+    done = completions(
+        model,
+        params,
+        {},
+        [{"prompt": "the film"}],
+        tokenizer,
+        rewards=(),
+        key=KEY,
+        n=8,
+        max_tokens=5,
+    )
+    words = [len(text.split()) for text in done.texts[0]]
+    np.testing.assert_array_equal(words, (done.tokens - done.finished)[0])  # every id is a word
+
+
+def test_no_more_positions_than_a_learned_table_has():
+    learned = Config(V=17, D=8, L=1, H=2, J=2, E=4, F=8, positions="learned", P=10)
+    model = decoder(learned)
+    params, prompts = model.init(jax.random.key(0)), [np.arange(4, 8, dtype=np.int32)]
+    given = {"key": KEY, "eos": NEVER, "temperature": 0}
+    (row,) = sample(model, params, prompts, max_tokens=6, **given).logps
+    assert np.isfinite(row[0]).all()
+    with pytest.raises(BadInput, match=r"evaluation.max_tokens=7 .* model.P=10"):
+        sample(model, params, prompts, max_tokens=7, **given)
+
+
+def test_few_prompts_fill_few_rows(monkeypatch):
+    """A line on a terminal does not pay for 512."""
+    seen = []
+    whole = MODEL.hidden
+
+    def counted(params, tokens_RT, *rest):
+        seen.append(tokens_RT.shape[0])
+        return whole(params, tokens_RT, *rest)
+
+    model = MODEL._replace(hidden=counted)
+    few = sample(model, PARAMS, PROMPTS[:3], key=KEY, eos=EOS, max_tokens=4, n=2)
+    assert max(seen) == 8
+    assert_equal(flat(few), flat(drawn(PROMPTS[:3], n=2, max_tokens=4)))

@@ -104,8 +104,8 @@ class Recorded:
 @cache
 def compiled(config: Config) -> Model:
     """The decoder compiled apart from what stands on it, so once for all losses."""
-    init, hidden, unembed = decoder(config)
-    return Model(init, jax.jit(hidden), jax.jit(unembed))
+    model = decoder(config)
+    return model._replace(hidden=jax.jit(model.hidden), unembed=jax.jit(model.unembed))
 
 
 @pytest.fixture(scope="module")

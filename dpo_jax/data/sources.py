@@ -75,6 +75,19 @@ def read(
     return records, dict(skipped)
 
 
+def first(source: Source, *, layout: Layout | None = None) -> Record:
+    """The first record of a source without a fault; what follows is not read. Errors as `read`."""
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    for where, raw in _rows(source):
+        try:
+            for row in _laid_out(raw, where, layout):
+                return canonical(row, where)
+        except Fault:
+            continue
+    raise BadInput(f"{_name(source)}: no records")
+
+
 def _laid_out(raw: Any, where: str, layout: Layout | None) -> list[Any]:
     """The rows in known layouts that one row makes; bytes are parsed first."""
     row = _parsed(raw, where) if isinstance(raw, bytes) else raw

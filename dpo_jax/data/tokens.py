@@ -112,6 +112,11 @@ def _called(text: Any, tokenizer: Any, controls: bool, **options: Any) -> Any:
     )
 
 
+def vocabulary(tokenizer: Any) -> int:
+    """One more than the largest id: what an embedding holds from here on has no text."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def start_id(tokenizer: Any) -> int:
     """What a prompt starts with: BOS, or EOS where there is no BOS."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

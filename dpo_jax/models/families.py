@@ -6,6 +6,7 @@ A row says which tensor holds which parameters, and how (see layout.py). A famil
 all that its models may have; those of a Config are the ones whose parameters it has.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -74,6 +75,21 @@ def write(config: Config) -> Values:
                 f"which is read as {other!r}: set model.family to one that can"
             )
     return values
+
+
+def classifier(config: Config) -> Values:
+    """The keys that make a scalar head of the family, its name `score`, in place of the head."""
+    name = FAMILIES[config.family].architecture
+    stem = (
+        "Gemma3Text"
+        if config.family == "gemma3_text"
+        else re.sub(r"(ForCausalLM|LMHeadModel)$", "", name)
+    )
+    return {
+        "architectures": [f"{stem}ForSequenceClassification"],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+    }
 
 
 def canonical(config: Config) -> Config:

@@ -73,19 +73,27 @@ def save(
     params: Params,
     *,
     extra: Mapping[str, Any] | None = None,
+    score: Any = None,
     dtype: Any = None,
     shard_bytes: float = 5e9,
 ) -> None:
     """Write a folder that `load` and transformers' from_pretrained read.
 
-    extra: keys of config.json beside the architecture, such as eos_token_id. dtype: of the tensors;
-    by default that of the parameters. The first process writes. Other files of the folder stay.
+    extra: keys of config.json beside the architecture, such as eos_token_id. score: weights (D,) of
+    a scalar head, for AutoModelForSequenceClassification; it stands in place of the one over the
+    vocabulary, and only transformers reads such a folder. dtype: of the tensors; by default that of
+    the parameters. The first process writes. Other files of the folder stay.
     Raises: BadInput for an architecture that config.family has no words for.
     """
     values = families.write(config) | dict(extra or {})
     families.read(values, CONFIG)
     tensors = {}
+    if score is not None:
+        values |= families.classifier(config)
+        tensors["score.weight"] = on_host(score, dtype)[None, :]
     for at in families.rows(config):
+        if score is not None and "unembed_DV" in at.leaves:
+            continue
         tree = params["layers"] if at.layered else params
         arrays = [on_host(tree[leaf], dtype) for leaf in at.leaves]
         for layer, name in enumerate(names(at, config)):

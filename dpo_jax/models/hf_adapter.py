@@ -46,14 +46,16 @@ def save_adapter(
     params: Params,
     *,
     base: str | None = None,
+    dtype: Any = None,
 ) -> None:
     """Write a folder that peft loads beside the base model, of which it holds nothing.
 
     params: {"lora": adapters}, whatever stands beside. base: folder or hub name of the base model,
-    which the folder then names. The first process writes. Other files of the folder stay.
+    which the folder then names. dtype: of the tensors; by default that of the parameters. The first
+    process writes. Other files of the folder stay.
     Raises: BadInput for a target that the model does not have, and where nothing can be written.
     """
-    own = {name: hf.on_host(leaf, None) for name, leaf in params["lora"]["layers"].items()}
+    own = {name: hf.on_host(leaf, dtype) for name, leaf in params["lora"]["layers"].items()}
     targets = {each.target for each in adapters(lora, config)}
     tensors, chosen = {}, {}
     for at, parts in _rows(config):

@@ -283,7 +283,7 @@ def decoder(
     def unembed(params, hidden) -> Any:
         return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
 
-    return Model(init, hidden, unembed)
+    return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
 
 
 def _collections(params: Params, lora: Lora | None) -> dict[str, Params]:

@@ -1,0 +1,79 @@
+"""What the commands are for and what they take, beside dotted.path=value."""
+
+from typing import Any
+
+COMMANDS = {
+    "train": "train an experiment, and the parents and data that it lacks; resumes what was broken",
+    "frontier": "train the members of FRONTIER, or one run for every value of a list, and compare",
+    "sweep": "train the members of SWEEP, or a run for every combination of lists of values, and "
+    "compare their last evaluations, seeds averaged",
+    "eval": "print the last evaluation of a finished run",
+    "sample": "print responses of a finished run, or of a model folder in its place, to "
+    "evaluation.prompts, a JSON line each; without any (or with -) to what is piped in, a prompt a "
+    "line, or to what is typed, line by line until Ctrl-D",
+    "inspect": "show what the model will see of the data, token by token, and write it as a page",
+    "score": "score every response in files of records by a finished run, or by a model folder in "
+    "its place, and print how often chosen ones are above rejected ones",
+    "export": "write a finished run as a folder that transformers' from_pretrained reads",
+}
+READERS = ("eval", "sample", "score", "export")  # of finished runs, see commands.py
+EITHER = "a file or a module name; or a folder of Hugging Face, or owner/name on the hub"
+WHAT = {"sample": EITHER, "score": EITHER}
+WORDS = {
+    "score": [("FILE", "records to score, in any form that data.source takes")],
+    "export": [("FOLDER", "where to write, a new or empty folder")],
+}
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "sample": {
+        "--chat": {
+            "action": "store_true",
+            "help": "what is typed or piped in are messages of a user; that is so by itself where "
+            "the tokenizer has a chat template and the run's data were conversations (a folder: "
+            "where it has one)",
+        },
+        "--text": {"action": "store_true", "help": "what is typed or piped in is plain text"},
+    },
+    "score": {
+        "--reference": {
+            "metavar": "FOLDER",
+            "help": "compare with this model folder or hub name, in place of a run's reference",
+        },
+        "--reference-free": {"action": "store_true", "help": "leave a run's reference out"},
+        "--per-token": {"action": "store_true", "help": "divide by the number of tokens"},
+        "--plain": {
+            "action": "store_true",
+            "help": "read the files without the run's data.layout and data.arrange",
+        },
+        "--row-tokens": {
+            "type": int,
+            "metavar": "N",
+            "help": "in place of data.row_tokens: records longer than that are dropped or cut",
+        },
+        "--subset": {
+            "metavar": "FIELD",
+            "help": "the field that names a record's subset (subset; of several files, the file)",
+        },
+        "--out": {"metavar": "FILE", "help": "write a JSON line a record: scores, lengths, subset"},
+        "--json": {"metavar": "FILE", "help": "write the table as JSON"},
+    },
+    "inspect": {
+        "--rows": {"type": int, "default": 3, "help": "groups shown of each source (3)"},
+        "--record": {"type": int, "help": "show this record of data.source, in full"},
+        "--ids": {"action": "store_true", "help": "show the id of every token"},
+        "--html": {"metavar": "FILE", "help": "the page; runs/<run>-inspect.html if none"},
+    },
+    "export": {
+        "--dtype": {
+            "choices": ("float32", "bfloat16"),
+            "default": "float32",
+            "help": "of the weights (float32)",
+        },
+        "--adapter": {
+            "action": "store_true",
+            "help": "of a run with lora, the adapter alone, as peft loads it; else it is merged",
+        },
+    },
+}
+LOSSES = (
+    "list every loss: name, formula, paper, needs; `losses kl` for what the KL estimators estimate"
+)
