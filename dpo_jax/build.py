@@ -16,7 +16,7 @@ from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
-from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
+from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params, parted
 from dpo_jax.values import show
 
 HELD_OUT_GROUPS = 128  # groups of one evaluation batch
@@ -26,7 +26,7 @@ HELD_OUT_GROUPS = 128  # groups of one evaluation batch
 class Materials:
     """What an experiment starts from: its parent's weights and its records."""
 
-    params: Params | None  # None = drawn from run.seed
+    params: Params | None  # None = drawn from run.seed; {"base"} of a run with lora
     data: Records
     held_out: Records
     prompts: Records
@@ -54,9 +54,9 @@ class Setup:
     model: Model
     bind: Callable[[dict[str, Any]], Algorithm]  # the algorithm with other numbers, by dotted path
     algorithm: Algorithm
-    params: Params  # the weights it starts from
-    frozen: dict[str, Params]
-    start: Params | None  # the parent's weights, where evaluations measure the KL to them
+    params: Params  # the weights it starts from and trains
+    frozen: dict[str, Params]  # base of a run with lora; reference
+    start: Params | None  # the parent's weights (or adapters), where the KL to them is measured
     tokenizer: Any
     loader: Loader
     held_out: list[Batch]
@@ -86,18 +86,21 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
 
 
 def start(experiment: Experiment, mesh: jax.sharding.Mesh, run: Callable[..., Any]) -> Params:
-    """The weights before the first step, which a reference keeps, on the mesh."""
+    """The weights before the first step, which a reference keeps, as the Model takes them, on the
+    mesh."""
     return _params(experiment, mesh, Materials(_parents(experiment, run), [], [], []))
 
 
 def _parents(experiment: Experiment, run: Callable[..., Any]) -> Params | None:
-    """The weights of the parent as this run stores them; None where there is none."""
+    """The weights of the parent as this run takes them up; None where there is none."""
     parent = experiment.parent
     if parent is None:
         return None
-    made = isinstance(parent, Experiment)
-    params = run(parent).params if made else parts.stored(experiment, parent)
-    return parts.inherited(experiment, params)
+    if isinstance(parent, Experiment):
+        given = parts.Weights(run(parent).params, parent.lora)
+    else:
+        given = parts.stored(experiment, parent)
+    return parts.inherited(experiment, given)
 
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
@@ -119,13 +122,14 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         prompts = template.encode_prompts(given.prompts, made)
         sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
     shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
-    params = _params(experiment, mesh, given)
-    passes = 3 + len(algorithm.frozen)  # forward, backward twice as much, a forward per reference
-    # copies: the loop donates the policy's arrays
-    frozen = {name: jax.tree.map(jnp.copy, params) for name in algorithm.frozen}
+    params, frozen = parted(_params(experiment, mesh, given))
+    # copies: the loop donates the policy's arrays. Adapters that are new say nothing yet
+    new = {"lora"} - (given.params or {}).keys()
+    began = {name: leaf for name, leaf in params.items() if name not in new}
+    frozen |= {name: jax.tree.map(jnp.copy, began) for name in algorithm.frozen}
     start = None
     if given.prompts and experiment.parent is not None:
-        start = frozen.get("reference") or jax.tree.map(jnp.copy, params)
+        start = frozen["reference"] if algorithm.frozen else jax.tree.map(jnp.copy, began)
     return Setup(
         mesh=mesh,
         model=decoder_model,
@@ -138,7 +142,17 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
-        flops_per_token=flops_per_token(shapes, passes=passes),
+        flops_per_token=_flops(shapes, references=len(algorithm.frozen)),
+    )
+
+
+def _flops(shapes: Params, references: int) -> float:
+    """Flops a token costs: forward, backward twice as much, but once where weights are frozen, and
+    a forward pass for every reference."""
+    trained, frozen = parted(shapes)
+    backward = {2: trained, 1: frozen}
+    return sum(
+        flops_per_token(tree, passes=1 + times + references) for times, tree in backward.items()
     )
 
 
@@ -149,18 +163,26 @@ def reseeded(
     return replace(
         setup,
         algorithm=setup.bind(numbers),
-        params=_params(experiment, setup.mesh, given),
+        params=parted(_params(experiment, setup.mesh, given))[0],
         loader=loader(experiment, setup.loader.groups, parallel.row_multiple(setup.mesh)),
     )
 
 
 def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Params:
-    """The parent's weights, or those that run.seed draws, on the mesh."""
-    if given.params is not None:
-        return jax.device_put(given.params, parallel.shardings(mesh, given.params))
-    init = parts.model(experiment).init
-    places = parallel.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, out_shardings=places)(jax.random.key(experiment.run.seed))
+    """The parent's weights, or those that run.seed draws, new adapters among them, on the mesh."""
+    shapes = jax.eval_shape(parts.model(experiment).init, jax.random.key(0))
+    found = given.params or {}
+    found = jax.device_put(found, parallel.shardings(mesh, found))
+    missing = shapes.keys() if given.params is None else {"lora"} & shapes.keys() - found.keys()
+    if not missing:
+        return found
+
+    def drawn(key: jax.Array) -> Params:
+        whole = parts.model(experiment).init(key)
+        return {name: whole[name] for name in missing}
+
+    places = parallel.shardings(mesh, {name: shapes[name] for name in missing})
+    return found | jax.jit(drawn, out_shardings=places)(jax.random.key(experiment.run.seed))
 
 
 def loader(experiment: Experiment, groups: Sequence[Group], shards: int) -> Loader:

@@ -275,5 +275,6 @@ def export(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
     if len(others) != 1:
         raise BadInput("export: name one folder, as dpo-jax export EXPERIMENT FOLDER")
     result = finished(override(load(arguments.experiment).EXPERIMENT, overrides))
-    exporting.export(result, others[0], dtype=arguments.dtype, chat=_converses(result, False))
+    chat = _converses(result, False)
+    exporting.export(result, others[0], dtype=arguments.dtype, chat=chat, adapter=arguments.adapter)
     print(others[0])

@@ -144,7 +144,8 @@ def completions(
     """Samples n responses to the prompts of records, scores their texts, and takes the KL.
 
     rewards: functions (records, responses) -> scores_B. KL(policy, reference) is summed exactly
-    over the vocabulary at every token of the sampled path, where frozen holds a reference.
+    over the vocabulary at every token of the sampled path, where frozen holds a reference (its
+    adapters alone, where frozen holds a base too).
     """
     whole = join(params, frozen)
     prompts = encode_prompts(records, tokenizer)
@@ -169,7 +170,8 @@ def completions(
     kl = None
     if "reference" in frozen:
         groups = [Group(*pair) for pair in zip(prompts, drawn.responses, strict=True)]
-        kl = _response_kls(model, whole, frozen["reference"], groups, mesh)
+        reference = join(frozen["reference"], frozen)
+        kl = _response_kls(model, whole, reference, groups, mesh)
     return Completions(
         records=list(records),
         texts=[texts[i : i + n] for i in range(0, len(texts), n)],

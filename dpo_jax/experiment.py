@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from dpo_jax import functions, optim
 from dpo_jax.description import canonical, code_digest, describe, sha8
+from dpo_jax.models.lora import Lora
 from dpo_jax.override import (
     Spot,
     check_field,
@@ -30,6 +31,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "Experiment",
+    "Lora",
     "Mesh",
     "Optim",
     "Run",
@@ -237,7 +239,10 @@ class Experiment(Value):
 
     model: a configuration such as `models.transformer.Config`; None = the parent's.
     parent: the run whose final weights it starts from, or the path of one, or a model of Hugging
-    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub.
+    Face: a folder with config.json and safetensors, or owner/name (@revision) of the hub; or an
+    adapter of PEFT's, which names its model.
+    lora: train adapters of low rank instead of all weights. Adapters of the parent go on where its
+    lora is the same; else they are merged into the base, and new ones start.
     """
 
     name: str
@@ -248,6 +253,7 @@ class Experiment(Value):
     model: Annotated[Any, {"inherited": "parent"}] = None
     parent: Annotated["Experiment | str | None", {"parent": True}] = None
     evaluation: Evaluation = Evaluation()
+    lora: Annotated[Lora | None, {"later": True}] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,10 +18,12 @@ from etils import epath
 from dpo_jax import functions, parts, rundir
 from dpo_jax.algorithms.reward import HEAD
 from dpo_jax.data import template
-from dpo_jax.experiment import Evaluation
+from dpo_jax.experiment import Evaluation, Experiment
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
 from dpo_jax.models import families, hf
+from dpo_jax.models.hf_adapter import save_adapter
+from dpo_jax.models.lora import merged
 from dpo_jax.structs import BadInput, Params
 from dpo_jax.values import show
 
@@ -29,20 +31,30 @@ CARD = "README.md"
 
 
 def export(
-    run: Result, folder: epath.PathLike, *, dtype: str = "float32", chat: bool = False
+    run: Result,
+    folder: epath.PathLike,
+    *,
+    dtype: str = "float32",
+    chat: bool = False,
+    adapter: bool = False,
 ) -> None:
     """Write the folder, which is new or empty.
 
     dtype: of the weights, float32 or bfloat16. chat: the run's data were conversations, so that
-    the token that ends a turn ends a generation too.
-    Errors: BadInput for a folder that holds something, and for an architecture or a tokenizer that
-    cannot be written.
+    the token that ends a turn ends a generation too. adapter: of a run with lora, what it trained
+    alone, as peft loads it; else adapters are merged.
+    Errors: BadInput for a folder that holds something, for an architecture or a tokenizer that
+    cannot be written, and for an adapter of a run that has none, or a head beside.
     """
     home, config = epath.Path(folder).expanduser(), parts.config(run.experiment)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise BadInput(f"{folder} holds something already: give a new folder, or empty this one")
     families.write(config)  # refuses before anything is written
-    params = plain(run)
+    lora = run.experiment.lora
+    if adapter and (lora is None or HEAD in run.params):
+        what = "trains all weights" if lora is None else "has a head, which is no adapter"
+        raise BadInput(f"--adapter: {run.experiment.name} {what}; leave it out")
+    params = run.params if adapter else plain(run)
     ends = _ends(run.tokenizer, chat)
     ids = {
         "bos_token_id": run.tokenizer.bos_token_id,
@@ -61,12 +73,25 @@ def export(
             (Path(beside) / CARD).write_text(card(run))
             home.mkdir(parents=True, exist_ok=True)
             _copied(Path(beside), home)
-    hf.save(home, config, params, extra=ids, score=head, dtype=dtype)
+    if adapter and lora is not None:
+        save_adapter(home, config, lora, params, base=_base(run.experiment), dtype=dtype)
+    else:
+        hf.save(home, config, params, extra=ids, score=head, dtype=dtype)
 
 
 def plain(run: Result) -> Params:
     """The weights of a run as one tree of a decoder's (and its head's)."""
-    return run.params
+    lora = run.experiment.lora
+    return run.params if lora is None else merged(run.params, lora)
+
+
+def _base(experiment: Experiment) -> str | None:
+    """The folder or hub name of the model that the adapters of a run are added to; None where it is
+    a run, which has to be exported too."""
+    parent = experiment.parent
+    if isinstance(parent, Experiment):
+        return _base(parent) if parent.lora == experiment.lora else None
+    return None if parent is None or rundir.is_run(epath.Path(parent)) else parent
 
 
 def _ends(tokenizer: Any, chat: bool) -> list[int]:
@@ -129,7 +154,7 @@ def card(run: Result) -> str:
     if isinstance(parent, str) and parent.count("/") == 1 and not epath.Path(parent).exists():
         front.append(f"base_model: {parent.partition('@')[0]}")
     lines = ["---", *front, "---", f"# {said['name']}", "", "| | |", "|---|---|", *table]
-    return "\n".join([*lines, CLASSIFIER if HEAD in plain(run) else POLICY])
+    return "\n".join([*lines, CLASSIFIER if HEAD in run.params else POLICY])
 
 
 POLICY = """

@@ -12,7 +12,7 @@ from dpo_jax import build, evaluate, metrics, optim, parts, rundir
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import Experiment
 from dpo_jax.parallel import shardings
-from dpo_jax.structs import Algorithm, Model, Params, TrainState
+from dpo_jax.structs import Algorithm, Model, Params, TrainState, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,13 @@ def finished(
     if last is None:
         return None
     rundir.say(f"{home}: finished before, reused")
-    params = rundir.load_weights(home, parts.trained_shapes(experiment), mesh)
     return Result(
-        home, experiment, parts.model(experiment), params, parts.tokenizer(experiment), last
+        home,
+        experiment,
+        parts.model(experiment),
+        parts.finished(experiment, home, mesh),
+        parts.tokenizer(experiment),
+        last,
     )
 
 
@@ -107,8 +111,10 @@ class Member:
     def seal(self, state: TrainState) -> None:
         """Finish the run with the weights that count."""
         self.checkpoints.wait()
-        self.params = policy(state)
-        rundir.seal(self.home, self.experiment.run.steps, self.params, self.last)
+        trained, experiment = policy(state), self.experiment
+        self.params = join(trained, self.setup.frozen)
+        own = self.params if experiment.parent is None else trained
+        rundir.seal(self.home, experiment.run.steps, own, self.last)
 
     def result(self) -> Result:
         """The finished run."""

@@ -11,9 +11,10 @@ from etils import epath
 from dpo_jax import parallel, rundir
 from dpo_jax.data import conversations
 from dpo_jax.experiment import Experiment
-from dpo_jax.models import hf
+from dpo_jax.models import hf, hf_adapter
+from dpo_jax.models.lora import Lora, alike, merged
 from dpo_jax.models.transformer import Config, decoder
-from dpo_jax.structs import BadInput, Model, Params
+from dpo_jax.structs import Algorithm, BadInput, Memory, Model, Params, join, parted
 from dpo_jax.values import show
 
 
@@ -32,29 +33,40 @@ def config(experiment: Experiment) -> Config:
     home = epath.Path(experiment.parent)
     if rundir.is_run(home):
         return Config(**rundir.read(home)["model"])
-    return hf.read_config(hf.folder(experiment.parent))
+    named = hf.folder(experiment.parent)
+    return hf.read_config(hf.folder(hf_adapter.base_of(named) or named))
 
 
 def model(experiment: Experiment) -> Model:
     """The decoder in the run's dtype; equal values give the same object and its compilations."""
-    return _decoder(config(experiment), experiment.run.dtype, experiment.run.remat)
+    options = experiment.run
+    return _decoder(config(experiment), options.dtype, options.remat, experiment.lora)
 
 
 @lru_cache(maxsize=16)
-def _decoder(architecture: Config, dtype: str, remat: str) -> Model:
-    return decoder(architecture, dtype=dtype, remat=remat)
+def _decoder(architecture: Config, dtype: str, remat: str, lora: Lora | None) -> Model:
+    return decoder(architecture, dtype=dtype, remat=remat, lora=lora)
 
 
-def trained_shapes(experiment: Experiment) -> Params:
-    """Shapes of what a run trains: the decoder's weights and the heads that its algorithm adds."""
+def begun(
+    algorithm: Algorithm, whole: Params, key: jax.Array
+) -> tuple[Params, Memory, dict[str, Params]]:
+    """(trained, memory, frozen) before the first step from the weights of a Model."""
+    trained, frozen = parted(whole)
+    frozen |= {name: trained for name in algorithm.frozen}
+    return *algorithm.init(key, trained, frozen), frozen
+
+
+def shapes(experiment: Experiment) -> Params:
+    """Shapes of the weights of a run: what its Model takes, and the heads of its algorithm."""
     decoder_model = model(experiment)
     algorithm = experiment.algorithm(decoder_model)
 
-    def trained(key: jax.Array) -> Params:
-        params = decoder_model.init(key)
-        return algorithm.init(key, params, {name: params for name in algorithm.frozen})[0]
+    def whole(key: jax.Array) -> Params:
+        trained, _, frozen = begun(algorithm, decoder_model.init(key), key)
+        return join(trained, frozen)
 
-    return jax.eval_shape(trained, jax.random.key(0))
+    return jax.eval_shape(whole, jax.random.key(0))
 
 
 def tokenizer(experiment: Experiment) -> Any:
@@ -87,30 +99,86 @@ class Policy(NamedTuple):
 
 
 def from_folder(name: str) -> Policy:
-    """A model of Hugging Face, a folder or hub name, with its own tokenizer, on the first device.
+    """A model of Hugging Face or an adapter to one, a folder or hub name, with the tokenizer that
+    is there, on the first device.
 
     Raises: BadInput where there is none, or a run directory, which does not hold its tokenizer.
     """
     if rundir.is_run(epath.Path(name)):
         raise BadInput(f"{name} is a run: name its experiment, or `dpo-jax export` it to a folder")
-    home = hf.folder(name)
-    decoder_model, params, _ = hf.load(home)
-    return Policy(decoder_model, params, _pretrained(str(home)))
+    given, architecture = _foreign(name, None, "float32")
+    made = decoder(architecture, lora=given.lora)
+    return Policy(made, given.params, _pretrained(str(hf.folder(name))))
 
 
-def stored(experiment: Experiment, parent: str) -> Params:
+# The weights of a parent
+
+
+class Weights(NamedTuple):
+    """Weights as a Model takes them, heads beside them, and what the adapters in them are."""
+
+    params: Params
+    lora: Lora | None = None
+
+
+def stored(experiment: Experiment, parent: str) -> Weights:
     """The weights of a parent that is a path: those of a run, heads too, or of a model folder."""
-    home, places = epath.Path(parent), mesh(experiment)
-    if not rundir.is_run(home):
+    if not rundir.is_run(epath.Path(parent)):
         rundir.say(f"{experiment.name}: starts from the weights of {parent}")
-        return hf.load(parent, sharding=places, dtype=experiment.run.dtype)[1]
-    shapes = jax.eval_shape(model(experiment).init, jax.random.key(0))
-    return rundir.load_weights(home, {**shapes, **rundir.heads(home, shapes)}, places)
+    return _read(parent, mesh(experiment), experiment.run.dtype)
 
 
-def inherited(experiment: Experiment, params: Params) -> Params:
-    """A parent's weights as this run stores them, without the heads that it does not train."""
-    wanted = trained_shapes(experiment)
+def _read(name: str, places: jax.sharding.Mesh, dtype: str) -> Weights:
+    home = epath.Path(name)
+    if not rundir.is_run(home):
+        return _foreign(name, places, dtype)[0]
+    record = rundir.read(home)
+    lora = Lora(**record["lora"]) if "lora" in record else None
+    architecture = Config(**record["model"])
+    made = decoder(architecture, dtype=rundir.precision(home), lora=lora)
+    whole, below = jax.eval_shape(made.init, jax.random.key(0)), record.get("base")
+    wanted = whole if below is None else parted(whole)[0]
+    own = rundir.load_weights(home, {**wanted, **rundir.heads(home, wanted)}, places)
+    if lora is None or below is None:
+        return Weights(own, lora)
+    base = _continued(_read(below, places, dtype), lora, architecture)["base"]
+    return Weights(join(own, {"base": base}), lora)
+
+
+def _foreign(name: str, places: jax.sharding.Mesh | None, dtype: str) -> tuple[Weights, Config]:
+    """Of Hugging Face: those of a model, or of an adapter and the model that it names."""
+    home = hf.folder(name)
+    below = hf_adapter.base_of(home)
+    _, params, architecture = hf.load(below or name, sharding=places, dtype=dtype)
+    if below is None:
+        return Weights(params), architecture
+    lora, own = hf_adapter.load_adapter(home, architecture)
+    return Weights({"base": params, "lora": own}, lora), architecture
+
+
+def finished(experiment: Experiment, home: epath.Path, places: jax.sharding.Mesh) -> Params:
+    """The weights of a finished run in `home`, as its Model takes them, on the mesh.
+
+    Raises: BadInput where they are adapters and the run of the parent is not there.
+    """
+    wanted, below = shapes(experiment), rundir.base(experiment)
+    if experiment.lora is None or below is None:
+        return rundir.load_weights(home, wanted, places)
+    trained = rundir.load_weights(home, parted(wanted)[0], places)
+    if isinstance(experiment.parent, Experiment) and not rundir.is_run(epath.Path(below)):
+        raise BadInput(f"{home} holds adapters to the weights of {below}, which is not there")
+    given = _read(below, places, experiment.run.dtype)
+    base = _continued(given, experiment.lora, config(experiment))["base"]
+    return join(trained, {"base": _like(base, wanted["base"])})
+
+
+def inherited(experiment: Experiment, given: Weights) -> Params:
+    """A parent's weights as this run takes them up, without the heads that it does not train.
+
+    Of a run with lora they are {"base"}, and {"lora"} where the parent's adapters go on.
+    """
+    wanted = shapes(experiment)
+    params = _continued(given, experiment.lora, config(experiment))
     others = sorted(params.keys() - wanted.keys())
     if others:
         rundir.say(
@@ -118,6 +186,22 @@ def inherited(experiment: Experiment, params: Params) -> Params:
             f"{show(experiment.algorithm)} does not train"
         )
     kept = {name: params[name] for name in wanted if name in params}
-    shapes = {name: wanted[name] for name in kept}
-    # the dtype of a parent may be another
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), kept, shapes)
+    return _like(kept, {name: wanted[name] for name in kept})
+
+
+def _continued(given: Weights, lora: Lora | None, architecture: Config) -> Params:
+    """Weights for a run with this lora: the same adapters go on, others are merged."""
+    same = given.lora is not None and lora is not None and alike(given.lora, lora, architecture)
+    if same or given.lora == lora:
+        return given.params
+    plain = given.params if given.lora is None else merged(given.params, given.lora)
+    if lora is None:
+        return plain
+    names = jax.eval_shape(decoder(architecture).init, jax.random.key(0))
+    heads = {name: leaf for name, leaf in plain.items() if name not in names}
+    return {"base": {name: plain[name] for name in names}, **heads}
+
+
+def _like(params: Params, shapes: Params) -> Params:
+    """In the dtypes of a run: those of a parent may be others."""
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, shapes)

@@ -3,7 +3,8 @@
 experiment.json   the resolved options, digests of code, data and parent
 metrics.jsonl  samples.jsonl  tensorboard/  profile/
 checkpoints/      states to resume from
-weights/          the final weights, written once
+weights/          the final weights, written once; of a run with lora what it trained, for the base
+                  lies with its parent
 result.json       the last evaluation; written last, so its presence means finished
 """
 
@@ -79,6 +80,8 @@ def claim(experiment: Experiment, home: epath.Path, config: Config, data: str) -
         "options": compared_options(experiment),
         "experiment": describe(experiment),
     }
+    if experiment.lora is not None:
+        record |= {"lora": asdict(experiment.lora), "base": base(experiment)}
     if is_run(home):
         stored = read(home)
         if stored["data"] != data:
@@ -120,8 +123,15 @@ def parent_digest(experiment: Experiment) -> str | None:
     return digest(parent) if isinstance(parent, Experiment) else parent
 
 
+def base(experiment: Experiment) -> str | None:
+    """Where the weights lie that adapters are added to: the parent's directory, or its path; None
+    where there is no parent, and they lie with the adapters."""
+    parent = experiment.parent
+    return str(place(parent)) if isinstance(parent, Experiment) else parent
+
+
 def seal(home: epath.Path, steps: int, params: Params, metrics: dict[str, float]) -> None:
-    """Finish a run: final weights, then result.json."""
+    """Finish a run: the final weights that no parent has, then result.json."""
     weights = Checkpoints(home / "weights", keep=1)
     weights.save(steps, params)
     weights.wait()
@@ -153,6 +163,12 @@ def heads(home: epath.Path, shapes: Params) -> Params:
         if "/" not in name and name not in shapes:
             found[name] = jax.ShapeDtypeStruct([int(size) for size in sizes.split(",")], kind)
     return found
+
+
+def precision(home: epath.Path) -> str:
+    """The dtype of the final weights of a run."""
+    texts = Checkpoints(home / "weights").leaves().values()
+    return next((text.partition("[")[0] for text in texts), "float32")
 
 
 def write(path: epath.Path, text: str) -> None:

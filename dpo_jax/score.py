@@ -39,6 +39,8 @@ from dpo_jax.structs import (
     Params,
     Scored,
     TrainState,
+    join,
+    parted,
     unchanged,
 )
 
@@ -249,13 +251,14 @@ def _moved_reference(run: Result) -> Params:
     tx = optim.transformation(experiment.optim, steps)
 
     def state(key: jax.Array) -> TrainState:
-        params, memory = algorithm.init(key, init(key), {})
+        params, memory, _ = parts.begun(algorithm, init(key), key)
         return TrainState(jnp.int32(0), params, tx.init(params), memory, jnp.int32(0))
 
     mesh = parts.mesh(experiment)
     wanted = abstract(mesh, jax.eval_shape(state, jax.random.key(0)))
     found, _ = Checkpoints(run.directory / "checkpoints").restore(wanted, experiment.run.steps)
-    return move(found.step, run.params, found.memory["reference"])
+    trained, frozen = parted(run.params)
+    return join(move(found.step, trained, found.memory["reference"]), frozen)
 
 
 def _check_reference(run: Result, reference: Result) -> None:

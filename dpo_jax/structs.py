@@ -7,7 +7,7 @@ The axis letters, one meaning each in the whole repository:
     B groups or sequences once flattened            C criteria
     V vocabulary           D model width            H query heads
     J key/value heads      E head width             F mlp width      L layers
-    P positions
+    P positions            Z rank of an adapter
 
 `flax.struct.dataclass` is for what lives on a device, frozen `dataclasses.dataclass` for what
 lives on the host. Argument order everywhere: params, frozen, memory, batch, key.
@@ -147,7 +147,8 @@ class Algorithm(NamedTuple):
     measure(batch) -> batch: turns the raw weights of a whole step into measures.
     objective(params, frozen, memory, batch, key) -> (scalar, metrics): always traced; every
         value is a sum under the measures, so the parts of a split batch add up.
-    frozen: names of the frozen weights it reads; `reference` is the policy at step 0.
+    frozen: names of the frozen weights it reads; `reference` is the policy at step 0, its adapters
+        alone where there are some: join(frozen["reference"], frozen) is what a Model takes.
     prepare(groups, row_tokens=None) -> groups: on the host, before they are packed in rows of so
         many tokens; BadInput for data it cannot use.
     coupled: a loss compares groups of a whole step, which microbatches would part.
@@ -176,3 +177,10 @@ def precise(x: Array) -> jax.Array:
 def join(trained: Params, frozen: Mapping[str, Params]) -> Params:
     """The tree a Model is called with: with adapters {'base', 'lora'}, else the trained weights."""
     return {"base": frozen["base"], **trained} if "base" in frozen else trained
+
+
+def parted(whole: Params) -> tuple[Params, dict[str, Params]]:
+    """(trained, frozen) of the tree a Model is called with: where there is a base, it is frozen."""
+    if "base" not in whole:
+        return whole, {}
+    return {name: x for name, x in whole.items() if name != "base"}, {"base": whole["base"]}

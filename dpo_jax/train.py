@@ -329,8 +329,7 @@ def trace(experiment: Experiment) -> Metrics:
     batch = pack([group], row_tokens=4)
 
     def step(params: Params, key: jax.Array) -> Metrics:
-        frozen = {name: params for name in algorithm.frozen}
-        trained, memory = algorithm.init(key, params, frozen)
+        trained, memory, frozen = parts.begun(algorithm, params, key)
         state = TrainState(jnp.int32(0), trained, None, memory, jnp.int32(0))
         whole, memory = algorithm.collect(state, frozen, batch, key)
         return algorithm.objective(trained, frozen, memory, algorithm.measure(whole), key)[1]

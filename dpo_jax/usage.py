@@ -68,6 +68,10 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "default": "float32",
             "help": "of the weights (float32)",
         },
+        "--adapter": {
+            "action": "store_true",
+            "help": "of a run with lora, the adapter alone, as peft loads it; else it is merged",
+        },
     },
 }
 LOSSES = (

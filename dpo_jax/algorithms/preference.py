@@ -54,7 +54,8 @@ class Plan(NamedTuple):
 
     def anchor(self, frozen: Params, memory: Memory) -> Params:
         """The weights that the policy is compared with."""
-        return frozen["reference"] if self.reference is None else memory["reference"]
+        own = frozen["reference"] if self.reference is None else memory["reference"]
+        return join(own, frozen)
 
 
 def preference(
@@ -113,7 +114,7 @@ def _check_score(loss: Loss, needs: losses.Needs, score: Score) -> None:
 def _init(plan: Plan, key: jax.Array, params: Params, frozen: Params) -> tuple[Params, Memory]:
     memory = start(plan.needs.statistics)
     if plan.reference is not None:  # a copy: the loop gives the policy's arrays away
-        memory["reference"] = jax.tree.map(jnp.copy, join(params, frozen))
+        memory["reference"] = jax.tree.map(jnp.copy, params)
     return params, memory
 
 
@@ -124,7 +125,7 @@ def _collect(
     model, needs, memory = plan.model, plan.needs, state.memory
     policy = join(state.params, frozen)
     if plan.reference is not None:
-        moved = plan.reference(state.step, policy, memory["reference"])
+        moved = plan.reference(state.step, state.params, memory["reference"])
         memory = {**memory, "reference": moved}
     if needs.reference and (needs.statistics or not plan.exact):
         ref_logp_RN = token_logps(model, plan.anchor(frozen, memory), batch)

@@ -1,7 +1,8 @@
 """References that move: what `preference(reference=...)` takes in place of the policy at step 0.
 
-A function (step, policy, reference) -> reference, called before every step; the moving reference
-is part of the train state's memory, so that a resumed run continues with it.
+A function (step, policy, reference) -> reference, called before every step with what is trained,
+which of a policy with adapters are the adapters alone; the moving reference is part of the train
+state's memory, so that a resumed run continues with it.
 """
 
 import jax
@@ -17,7 +18,8 @@ def soft_update(
 
         reference <- alpha policy + (1 - alpha) reference
 
-    alpha = 1 is the hard update. Defaults are the paper's.
+    alpha = 1 is the hard update. Defaults are the paper's. Of adapters A and B are averaged, and
+    not their product: with alpha below 1 that is another reference than the average of weights.
     """
     due = (step > 0) & (step % every == 0)
     share = jnp.asarray(alpha, float)

@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models import lora as low_rank
 from dpo_jax.models.attention import attention
+from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Turn, rotate
 from dpo_jax.parallel import constrain
 from dpo_jax.structs import precise
@@ -76,11 +78,13 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 class Block(nn.Module):
     """One layer of the scan; the cache of all layers is carried, so that it is written in place.
 
-    Parameters are made from their names: the letters at the end are the shape.
+    Parameters are made from their names: the letters at the end are the shape. Adapters, which
+    `lora` scales, stand in a collection of that name; without it there are none.
     """
 
     config: "Config"
     dtype: Any
+    lora: Lora | None = None
 
     def leaf(self, name: str, init: Callable[..., jax.Array]) -> jax.Array:
         shape = tuple(getattr(self.config, axis) for axis in name.rpartition("_")[2])
@@ -105,6 +109,10 @@ class Block(nn.Module):
         """x times a weight; what writes to the residual stream starts small."""
         small = (2 * self.config.L) ** -0.5 if name[-1] == "D" else 1.0
         y = jnp.einsum(equation, x, self.weight(name, small))
+        each = low_rank.factors(name)
+        if self.lora is not None and self.has_variable("lora", each.a):
+            a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in (each.a, each.b))
+            y = y + low_rank.delta(equation, x, a, b, self.lora.scale)
         if not bias:
             return y
         stem, _, axes = name.rpartition("_")

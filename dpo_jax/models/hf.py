@@ -90,12 +90,12 @@ def save(
     tensors = {}
     if score is not None:
         values |= families.classifier(config)
-        tensors["score.weight"] = _on_host(score, dtype)[None, :]
+        tensors["score.weight"] = on_host(score, dtype)[None, :]
     for at in families.rows(config):
         if score is not None and "unembed_DV" in at.leaves:
             continue
         tree = params["layers"] if at.layered else params
-        arrays = [_on_host(tree[leaf], dtype) for leaf in at.leaves]
+        arrays = [on_host(tree[leaf], dtype) for leaf in at.leaves]
         for layer, name in enumerate(names(at, config)):
             parts = [array[layer] for array in arrays] if at.layered else arrays
             tensors[name] = layout.joined(at, parts, config)
@@ -217,7 +217,7 @@ def _places(sharding: Any, shapes: Params) -> Params:
     return sharding
 
 
-def _on_host(array: Any, dtype: Any) -> np.ndarray:
+def on_host(array: Any, dtype: Any) -> np.ndarray:
     """The whole of an array, which several processes may hold."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)

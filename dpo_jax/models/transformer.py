@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpo_jax.models import lora as low_rank
 from dpo_jax.models import rope
 from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
+from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Scaling, rotary, rotate
 from dpo_jax.parallel import constrain
 from dpo_jax.structs import BadInput, Model, Params
@@ -113,6 +115,7 @@ class Decoder(nn.Module):
     config: Config
     dtype: Any
     remat: str
+    lora: Lora | None = None
 
     def setup(self):
         c, kind = self.config, stored(self.dtype)
@@ -131,12 +134,12 @@ class Decoder(nn.Module):
         scanned: Any = nn.scan
         self.layers = scanned(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.L,
             unroll=c.L if c.L <= UNROLLED else 1,
-        )(c, self.dtype)
+        )(c, self.dtype, self.lora)
 
     def __call__(self, tokens_RT, positions_RT, until_RT, cache=None):
         turns = [self.turn(kind, positions_RT) for kind in self.config.kinds]
@@ -239,15 +242,20 @@ def check(c: Config) -> None:
             raise BadInput(f"model.{name}={value} must be more than 0")
 
 
-def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> Model:
+def decoder(
+    config: Config, *, dtype: str = "float32", remat: str = "none", lora: Lora | None = None
+) -> Model:
     """The decoder as a Model over a plain dict of float32 parameters named by their axes.
 
     dtype: of the computation, "float32", "bfloat16" or, where JAX_ENABLE_X64 is set, "float64",
     parameters included; softmax, norms and logits are float32 or better.
     remat: "none", "dots" (keep matrix products) or "full" (recompute every layer).
+    lora: what the adapters are; parameters are then {"base": the plain dict, "lora": adapters}, or
+    {"base"} alone, which is the model without them.
     `hidden(params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)`; an
     integer cache opens one of that many places, a returned cache continues it.
-    Raises: BadInput for heads that do not divide, an odd head width, unknown dtype or remat.
+    Raises: BadInput for heads that do not divide, an odd head width, unknown dtype or remat, an
+    adapter to a matrix that is not there, and adapters where `lora` does not say what they are.
     """
     check(config)
     if dtype not in ("float32", "bfloat16", "float64"):
@@ -256,16 +264,33 @@ def decoder(config: Config, *, dtype: str = "float32", remat: str = "none") -> M
         raise BadInput("run.dtype=float64 wants JAX_ENABLE_X64=1 in the environment")
     if remat not in REMAT:
         raise BadInput(f"run.remat={remat!r}: {', '.join(REMAT)} are known")
-    module = Decoder(config, jnp.dtype(dtype), remat)
+    kind = jnp.dtype(dtype)
+    module = Decoder(config, kind, remat, lora)
+    if lora is not None:
+        low_rank.adapters(lora, config)
 
     def init(key: jax.Array) -> Params:
         one_RT = jnp.zeros((1, 1), jnp.int32)
-        return module.init(key, one_RT, one_RT, one_RT + 1)["params"]
+        base = module.init(key, one_RT, one_RT, one_RT + 1)["params"]
+        if lora is None:
+            return base
+        own = jax.random.fold_in(key, 1)
+        return {"base": base, "lora": low_rank.start(lora, config, own, stored(kind))}
 
     def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
-        return module.apply({"params": params}, tokens_RT, positions_RT, until_RT, cache)
+        return module.apply(_collections(params, lora), tokens_RT, positions_RT, until_RT, cache)
 
     def unembed(params, hidden) -> Any:
-        return module.apply({"params": params}, hidden, method=Decoder.unembed)
+        return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
 
     return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
+
+
+def _collections(params: Params, lora: Lora | None) -> dict[str, Params]:
+    """Linen's collections, of a plain tree or of {"base"} with adapters or without."""
+    if "base" not in params:
+        return {"params": params}
+    if "lora" in params and lora is None:
+        raise BadInput("weights with adapters: give decoder(..., lora=Lora(...)), or merge them")
+    adapters = {"lora": params["lora"]} if "lora" in params else {}
+    return {"params": params["base"], **adapters}
