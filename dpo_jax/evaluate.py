@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax.data.loader import sequential
 from dpo_jax.data.template import encode_prompts, response_end
 from dpo_jax.data.tokens import vocabulary
-from dpo_jax.logprobs import per_response, token_kls
+from dpo_jax.logprobs import ROUNDED, per_response, token_kls
 from dpo_jax.parallel import row_multiple, shard_batch
 from dpo_jax.sampling import sample
 from dpo_jax.structs import Algorithm, Batch, Group, Model, Params, TrainState, join
@@ -122,7 +122,8 @@ def _compiled(
         objective = bind(numbers).objective
         return objective(state.params, frozen, state.memory, batch, key)[1]
 
-    return jax.jit(complete) if fused else complete, jax.jit(value)
+    compiled = partial(jax.jit, compiler_options=ROUNDED)
+    return compiled(complete) if fused else complete, compiled(value)
 
 
 def completions(
@@ -206,4 +207,4 @@ def _compiled_kls(model: Model) -> Callable:
     def kls(params, reference, batch):
         return per_response(token_kls(model, params, reference, batch), batch)
 
-    return jax.jit(kls)
+    return jax.jit(kls, compiler_options=ROUNDED)

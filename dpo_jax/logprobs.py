@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from dpo_jax.structs import Array, Batch, Model, Params, precise
 
+# Compiler options of all that compares policy and reference: bfloat16 is rounded where the program
+# says so and not where a fusion happens to end, so that equal weights have equal log-probs in the
+# forward pass of a gradient and outside of it.
+ROUNDED = {"xla_allow_excess_precision": False}
 LOGITS_AT_ONCE = 2**24  # elements of the largest logits array that a chunk may hold
 
 

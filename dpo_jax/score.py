@@ -26,7 +26,7 @@ from dpo_jax.algorithms.scores import length_normalized
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.criteria import TOTAL
 from dpo_jax.data.loader import sequential
-from dpo_jax.logprobs import per_response, response_lengths, token_logps
+from dpo_jax.logprobs import ROUNDED, per_response, response_lengths, token_logps
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
 from dpo_jax.parallel import abstract, row_multiple, shard_batch
@@ -214,7 +214,7 @@ def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray
     alone = [replace(group, record=b) for b, group in enumerate(groups)]  # a record may make many
     found: dict[str, list[Any]] = {}
     with jax.set_mesh(mesh):
-        columns = jax.jit(judge.columns)
+        columns = jax.jit(judge.columns, compiler_options=ROUNDED)
         batches = sequential(
             alone,
             step_groups=max(1, min(GROUPS, TOKENS // longest)),

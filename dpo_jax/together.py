@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dpo_jax import build, optim, parallel, parts, rundir
 from dpo_jax.data.loader import alike
 from dpo_jax.experiment import Experiment, canonical, describe, options, with_numbers
+from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.structs import BadInput, Batch, Metrics, TrainState
 from dpo_jax.train import loop, make_update, run
@@ -111,7 +112,7 @@ class Together:
         self.numbers_M = _stacked([member.numbers for member in members])
         self._states_M = _stacked(states)
         update = _program(members[0], self.one_data)
-        self.update = jax.jit(update, donate_argnums=1)
+        self.update = jax.jit(update, donate_argnums=1, compiler_options=ROUNDED)
         self.parts = jax.jit(lambda tree_M: [_part(tree_M, i) for i in range(len(members))])
 
     def state(self, i: int) -> TrainState:

@@ -19,6 +19,7 @@ from etils import epath
 from dpo_jax import build, metrics, optim, parts, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
+from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models.attention import attention
 from dpo_jax.parallel import abstract, shard_batch, shardings
@@ -240,7 +241,9 @@ class Stepper:
         tx = optim.transformation(experiment.optim, self.member.steps)
         places = shardings(setup.mesh, self._state)
         update = make_update(self.algorithm, tx, microbatches=experiment.run.microbatches)
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+        self.update = jax.jit(
+            update, donate_argnums=0, out_shardings=(places, None), compiler_options=ROUNDED
+        )
         self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
         for shape in setup.loader.ladder if self.algorithm.fused else ():

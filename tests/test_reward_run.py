@@ -19,7 +19,6 @@ from dpo_jax.data.packing import pack
 from dpo_jax.data.sources import read
 from dpo_jax.data.template import tokenize
 from dpo_jax.experiment import Data, Evaluation, Experiment, Optim, Run, override
-from dpo_jax.structs import BadInput
 from dpo_jax.together import programs, run_all
 from dpo_jax.train import Result
 from dpo_jax.worlds import annotators, sentiment
@@ -132,15 +131,6 @@ def test_a_parent_without_a_head_may_be_a_path(trained):
     home = next(path for path in Path("runs").glob("sft-*") if "pairs" not in path.name)
     found = dpo_jax.run(replace(REWARD, parent=str(home)), directory="by_path")
     assert relative_error(found.params, trained.params) == 0
-
-
-def test_a_missing_part_of_a_decoder_is_no_head(place):
-    """What an untied decoder has and a tied one lacks is not left behind in silence."""
-    assert SFT.model is not None
-    untied = with_steps(replace(SFT, model=replace(SFT.model, tied=False)), 1)
-    dpo_jax.run(untied, directory="untied")
-    with pytest.raises(BadInput, match="another model: it holds unembed_DV"):
-        dpo_jax.run(with_steps(replace(SFT, parent="untied"), 1), directory="tied")
 
 
 def test_runs_that_differ_in_numbers_train_together(trained):
