@@ -31,7 +31,6 @@ from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
 from dpo_jax.parallel import abstract, row_multiple, shard_batch
 from dpo_jax.structs import (
-    Array,
     BadInput,
     Batch,
     Group,
@@ -190,9 +189,9 @@ def _implicit(
     length_RGK = response_lengths(batch)
     free = not losses.needs(margins.leading(loss)).reference
     groups = Scored(
-        logp_BK=_flat(score(logp_RN, batch)),
-        ref_logp_BK=None if ref_RN is None else _flat(score(ref_RN, batch)),
-        length_BK=_flat(length_RGK) if free else None,
+        logp_BK=margins.flat(score(logp_RN, batch)),
+        ref_logp_BK=None if ref_RN is None else margins.flat(score(ref_RN, batch)),
+        length_BK=margins.flat(length_RGK) if free else None,
     )
     found = {
         "scores": jnp.reshape(margins.implicit_rewards(groups, loss), length_RGK.shape),
@@ -200,10 +199,6 @@ def _implicit(
         "logps": per_response(logp_RN, batch),
     }
     return found | ({} if ref_RN is None else {"ref_logps": per_response(ref_RN, batch)})
-
-
-def _flat(x_RGK: Array) -> jax.Array:
-    return jnp.reshape(x_RGK, (-1, x_RGK.shape[-1]))
 
 
 def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray]]:

@@ -9,7 +9,7 @@ import jax
 import pytest
 from hub_configs import HUB
 
-from dpo_jax import experiment, train
+from dpo_jax import experiment, functions, train
 from dpo_jax.experiment import Experiment
 
 PATHS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("[!_]*.py"))
@@ -59,6 +59,7 @@ def test_experiment_is_a_value(path):
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_algorithm_traces(path):
     """Shapes and dtypes fit from the batch to the objective; nothing is computed or generated."""
-    value = without_the_hub(experiment.load(str(path)).EXPERIMENT)
-    leaves = jax.tree.leaves(train.trace(value))
-    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    module = functions.import_file(str(path))
+    for value in {x for x in vars(module).values() if isinstance(x, Experiment)}:
+        leaves = jax.tree.leaves(train.trace(without_the_hub(value)))
+        assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
