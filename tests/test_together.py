@@ -1,6 +1,7 @@
 """Runs that train together equal the same runs trained alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,9 +25,17 @@ MEMBERS = tuple(
 )
 
 
+@pytest.fixture(scope="module")
+def alone(place):
+    """The members, each trained by itself."""
+    return [dpo_jax.run(member, directory=f"alone{i}") for i, member in enumerate(MEMBERS)]
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def fresh(place):
+    """No member is trained yet; their parent and its samples stay."""
+    for folder in place.glob("runs/dpo-*"):
+        shutil.rmtree(folder)
 
 
 def test_members_are_parted_by_what_a_program_can_share():
@@ -45,21 +54,23 @@ def test_members_are_parted_by_what_a_program_can_share():
 
 
 @pytest.mark.parametrize("at_once", [1, 2, None], ids=["one by one", "by two", "all"])
-def test_the_first_losses_and_the_weights_are_those_of_single_runs(place, monkeypatch, at_once):
+def test_the_first_losses_and_the_weights_are_those_of_single_runs(
+    alone, fresh, monkeypatch, at_once
+):
     monkeypatch.setattr(together, "AT_ONCE", {} if at_once is None else {"cpu": at_once})
     results = together.run_all(MEMBERS)
-    for i, (member, result) in enumerate(zip(MEMBERS, results, strict=True)):
-        alone = dpo_jax.run(member, directory=f"alone{i}")
+    for result, single in zip(results, alone, strict=True):
         assert result.directory.name.startswith("dpo-")
-        assert relative_error(result.params, alone.params) < 1e-4
-        for one, other in zip(timeless(result.directory), timeless("alone" + str(i)), strict=True):
+        assert relative_error(result.params, single.params) < 1e-4
+        both = zip(timeless(result.directory), timeless(single.directory), strict=True)
+        for one, other in both:
             assert one.keys() == other.keys()
             if "loss" in one:
                 assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert result.metrics["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
+        assert result.metrics["eval_loss"] == pytest.approx(single.metrics["eval_loss"], rel=1e-4)
 
 
-def test_finished_members_are_reused_and_others_still_trained(place, capsys):
+def test_finished_members_are_reused_and_others_still_trained(fresh, capsys):
     dpo_jax.run(MEMBERS[0])
     results = together.run_all(MEMBERS)
     said = capsys.readouterr().err
@@ -69,7 +80,7 @@ def test_finished_members_are_reused_and_others_still_trained(place, capsys):
     assert [each.metrics for each in again] == [each.metrics for each in results]
 
 
-def test_a_broken_sweep_goes_on_where_it_stopped(place):
+def test_a_broken_sweep_goes_on_where_it_stopped(fresh):
     members = [override(member, {"run.save_every": 2}) for member in MEMBERS]
     whole = together.run_all(members)
     for result in whole:  # as if it had been killed between a checkpoint and the end
@@ -109,7 +120,7 @@ def test_a_whole_run_in_float64_is_equal_to_nine_digits(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
-def test_seeds_draw_other_weights_and_batches(place):
+def test_seeds_draw_other_weights_and_batches(fresh):
     first, _, third = (jax.device_get(each.params) for each in together.run_all(MEMBERS))
     assert relative_error(first, third) > 1e-3
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(third))
