@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/loss_zoo_quick.py: one loss a family of the zoo, three seeds.
-Cost: five minutes on 2 CPU cores, the SFT run and the sampled rankings included.
+Cost: three and a half minutes on 2 CPU cores, the SFT run and the sampled rankings included.
 Result: runs/loss_zoo_quick/sweep.png
 """
 

@@ -141,9 +141,7 @@ def _of_file(source: str, name: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # whatever the client of a gs:// path raises
         raise BadInput(f"{name}: cannot be reached ({error})") from error
     if not found:
-        raise BadInput(
-            f"{name}: no such file; data.source or one of evaluation names it, or a Sampled's prompts"
-        )
+        raise BadInput(f"{name}: no such file; data.source, or one of evaluation, names it")
     readers = {".parquet": _parquet, ".json": _json}
     reader = next((readers[suffix] for suffix in readers if source.endswith(suffix)), _lines)
     try:
