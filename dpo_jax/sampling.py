@@ -35,14 +35,18 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     records: Sequence[int] | None = None,
+    first: Sequence[int] | None = None,
+    width: int = 0,
     rows: int = 512,
 ) -> Samples:
     """Samples n responses to every prompt.
 
     prompts: int32 id arrays, not empty. records: what numbers a prompt for its random key (its
     place by default): sample k of record r draws from fold_in(fold_in(key, r), k), so batch size,
-    order and mesh do not change it. temperature 0 takes the likeliest token. top_k 0 and top_p 1
-    are off; both keep at least one token. rows: sequences that run side by side.
+    order and mesh do not change it. first: k of a prompt's first sample, 0 by default; a record
+    that stands there twice goes on counting. temperature 0 takes the likeliest token. top_k 0 and
+    top_p 1 are off; both keep at least one token. width: prompts are padded to as many tokens at
+    least, so that calls share a program. rows: sequences that run side by side.
     Raises: BadInput for options out of range or an empty prompt.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or n < 1:
@@ -55,20 +59,22 @@ def sample(
         return Samples([], [], np.zeros((0, n), bool))
     numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
     per_call = max(1, rows // n)
-    longest = max(len(prompt) for prompt in prompts)
+    starts = np.zeros(len(prompts), int) if first is None else np.asarray(first)
+    longest = max(width, *(len(prompt) for prompt in prompts))
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
     tokens, logps = [], []
     for start in range(0, len(prompts), per_call):
-        part, part_numbers = prompts[start : start + per_call], numbers[start : start + per_call]
+        here = slice(start, start + per_call)
+        part = prompts[here]
         tokens_BP = np.zeros((per_call, width), np.int32)
-        length_B = np.ones(per_call, np.int32)
+        length_B = np.zeros(per_call, np.int32)  # 0: no prompt, nothing to wait for
         for row, prompt in enumerate(part):
             tokens_BP[row, : len(prompt)] = prompt
             length_B[row] = len(prompt)
-        record_B = np.zeros(per_call, np.int32)
-        record_B[: len(part)] = part_numbers
-        drawn = run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p)
+        record_B, first_B = np.zeros(per_call, np.int32), np.zeros(per_call, np.int32)
+        record_B[: len(part)], first_B[: len(part)] = numbers[here], starts[here]
+        drawn = run(params, tokens_BP, length_B, record_B, first_B, key, temperature, top_k, top_p)
         drawn_BKM, logp_BKM = jax.device_get(drawn)
         tokens.append(drawn_BKM[: len(part)])
         logps.append(logp_BKM[: len(part)])
@@ -93,7 +99,7 @@ def _compiled(
 ):
     """The jitted sampler of one model and one set of flags; rates and cuts are traced."""
 
-    def run(params, tokens_BP, length_B, record_B, key, temperature, top_k, top_p):
+    def run(params, tokens_BP, length_B, record_B, first_B, key, temperature, top_k, top_p):
         B, P = tokens_BP.shape
         S = P + max_tokens
         place_P = jnp.arange(P, dtype=jnp.int32)
@@ -106,13 +112,11 @@ def _compiled(
         hidden_RD = jnp.repeat(last_BD, n, axis=0)
         length_R = jnp.repeat(length_B, n)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
-        keys_R = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(n)))(
-            keys_B
-        )
-        keys_R = keys_R.reshape(B * n)
+        number_BK = first_B[:, None] + jnp.arange(n)
+        keys_R = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, number_BK).reshape(B * n)
 
-        def step(carry, t):
-            hidden_RD, cache, ended_R = carry
+        def step(carry):
+            t, hidden_RD, cache, ended_R, token_MR, logp_MR = carry
             logits_RV = precise(model.unembed(params, hidden_RD))
             logits_RV = logits_RV if greedy else logits_RV / temperature
             kept_RV = keep_top_k(logits_RV, top_k) if by_k else logits_RV
@@ -130,10 +134,18 @@ def _compiled(
                 params, token_R[:, None], position_R[:, None], until_R[:, None], cache
             )
             ended_R = ended_R | (token_R == eos)
-            return (hidden_RTD[:, 0], cache, ended_R), (token_R, logp_R)
+            token_MR, logp_MR = token_MR.at[t].set(token_R), logp_MR.at[t].set(logp_R)
+            return t + 1, hidden_RTD[:, 0], cache, ended_R, token_MR, logp_MR
 
-        start = (hidden_RD, cache, jnp.zeros(B * n, bool))
-        _, (token_MR, logp_MR) = jax.lax.scan(step, start, jnp.arange(max_tokens, dtype=jnp.int32))
+        def unfinished(carry):
+            t, _, _, ended_R, _, _ = carry
+            return (t < max_tokens) & ~jnp.all(ended_R)
+
+        ended_R = jnp.repeat(length_B == 0, n)
+        token_MR = jnp.full((max_tokens, B * n), eos, jnp.int32)
+        logp_MR = jnp.zeros((max_tokens, B * n), precise(hidden_RD).dtype)
+        start = (jnp.int32(0), hidden_RD, cache, ended_R, token_MR, logp_MR)
+        *_, token_MR, logp_MR = jax.lax.while_loop(unfinished, step, start)
         return token_MR.T.reshape(B, n, max_tokens), logp_MR.T.reshape(B, n, max_tokens)
 
     return jax.jit(run)
