@@ -112,7 +112,7 @@ def _compiled(
         hidden_RD = jnp.repeat(last_BD, n, axis=0)
         length_R = jnp.repeat(length_B, n)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
-        number_BK = first_B[:, None] + jnp.arange(n)
+        number_BK = first_B[:, None] + jnp.arange(n)[None, :]
         keys_R = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, number_BK).reshape(B * n)
 
         def step(carry):
