@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import online
+import optax
 import pytest
 from tiny import relative_error
 
 from dpo_jax import losses
 from dpo_jax.algorithms.policy import grpo, policy_gradient, reinforce, rloo, score_function
+from dpo_jax.algorithms.ppo import ppo
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import naive_token_logps, per_response
 from dpo_jax.losses.advantage import group_normalized
 from dpo_jax.losses.measure import fixed_length
 from dpo_jax.structs import precise
+from dpo_jax.train import make_update
 from dpo_jax.worlds import enumerable
 
 BETA = 0.3
@@ -179,22 +182,31 @@ def test_equal_groups_weigh_nothing_where_they_are_skipped():
     assert relative_error(jax.tree.map(lambda x: x * share, skipped), plain) < 1e-4
 
 
-def test_the_rlhf_objective_is_approached():
-    """RLOO with k1 in the reward, a few seconds of it: (J* - J) / (J* - J(reference))."""
-    import optax
-
-    world = online.WORLD
-    bound = online.bound(rloo(online.MODEL, **COMMON, n=8), step_groups=32)
-    tx = optax.adam(optax.cosine_decay_schedule(0.03, 120))
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        partial(rloo, **COMMON, n=8),
+        partial(ppo, **COMMON, n=8, passes=2, value_weight=0.5, lam=1.0),
+    ],
+    ids=["rloo", "ppo"],
+)
+def test_the_rlhf_objective_is_approached(algorithm):
+    """In a hundred steps of 256 responses: (J* - J) / (J* - J(reference))."""
+    steps, world = 100, online.WORLD
+    bound = online.bound(algorithm(online.MODEL), step_groups=32)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.01, steps))
+    )
     state = online.started(bound)
     state = replace(state, opt_state=tx.init(state.params))
-    from dpo_jax.train import make_update
-
-    update = jax.jit(make_update(bound, tx))
-    for step in range(120):
+    update, measure = jax.jit(make_update(bound, tx)), jax.jit(bound.measure)
+    for step in range(steps):
         key = jax.random.fold_in(jax.random.key(0), step)
-        batch, _ = bound.collect(state, online.FROZEN, online.asked(32, step=step), key)
-        state, _ = update(state, online.FROZEN, bound.measure(batch), key)
+        prompts = online.asked(32, step=step)
+        batch, memory = bound.collect(state, online.FROZEN, prompts, key)
+        state = replace(state, memory=memory)
+        for _ in range(bound.passes):
+            state, _ = update(state, online.FROZEN, measure(replace(batch, shared={})), key)
 
     def value(logp_BK):
         return float(
@@ -203,4 +215,4 @@ def test_the_rlhf_objective_is_approached():
 
     best, first = value(world.optimal_policy(BETA)), value(world.ref_logp_BK)
     gap = (best - value(np.asarray(online.logps(state.params)))) / (best - first)
-    assert gap < 0.1
+    assert 0 <= gap < 0.05
