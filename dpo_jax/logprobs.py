@@ -152,9 +152,7 @@ def scored_hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
 def readout(hidden_RND: jax.Array, readout_D: Array) -> jax.Array:
     """What a head of one column says of every hidden state, float32, x_RN."""
     # a product this small is not worth the rounding that accelerators have by default
-    return jnp.einsum(
-        "rnd,d->rn", precise(hidden_RND), precise(readout_D), precision="highest"
-    )
+    return jnp.einsum("rnd,d->rn", precise(hidden_RND), precise(readout_D), precision="highest")
 
 
 def _picked(logits_RCV: jax.Array, target_RC: jax.Array) -> jax.Array:

@@ -261,7 +261,7 @@ class Stepper:
             return [(values, build.real_tokens(host))]
         return [self._collected(host, key)]
 
-    def _collected(self, host: Batch, key: jax.Array) -> tuple[Metrics, int]:
+    def _collected(self, host: Batch, key: jax.Array) -> tuple[dict[str, Any], int]:
         """A step whose batch is made on the host: the means of its updates, and what the batch
         says of itself."""
         frozen = self.setup.frozen

@@ -84,9 +84,7 @@ def bound(
     """The algorithm with a collect that samples, for one device unless a mesh is given."""
     assert algorithm.online is not None
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    context = Context(
-        tokenizer(), prompts(), groups(), step_groups, row_tokens, rows, mesh
-    )
+    context = Context(tokenizer(), prompts(), groups(), step_groups, row_tokens, rows, mesh)
     return algorithm.online(context)
 
 

@@ -76,9 +76,9 @@ def test_nothing_is_compiled_after_the_first_steps(place):
     """One row count serves all steps here; a compilation later would be a shape that moved."""
     compiled: list[str] = []
 
-    def count(name: str, seconds: float, **_: object) -> None:
-        if name.endswith("backend_compile_duration"):
-            compiled.append(name)
+    def count(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
 
     def counted(records, responses):
         marks.append(len(compiled))

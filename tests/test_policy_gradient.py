@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from dpo_jax.train import make_update
 from dpo_jax.worlds import enumerable
 
 BETA = 0.3
-COMMON = {"rewards": (online.truth,), "max_tokens": online.STEPS, "beta": BETA}
+COMMON: dict[str, Any] = {"rewards": (online.truth,), "max_tokens": online.STEPS, "beta": BETA}
 SURE = 4.5  # standard errors; a true mean is further off once in 100 000 tries
 
 
@@ -157,7 +158,7 @@ def test_what_a_kl_in_the_loss_pulls_to(kl, pull):
 
     wanted = flat(jax.grad(expected)(params))
     assert np.linalg.norm(wanted) > 0.1
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.linalg.norm(wanted))
+    np.testing.assert_allclose(found, wanted, atol=float(1e-4 * np.linalg.norm(wanted)))
 
 
 def test_equal_groups_weigh_nothing_where_they_are_skipped():
@@ -209,9 +210,7 @@ def test_the_rlhf_objective_is_approached(algorithm):
             state, _ = update(state, online.FROZEN, measure(replace(batch, shared={})), key)
 
     def value(logp_BK):
-        return float(
-            enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, BETA).mean()
-        )
+        return float(enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, BETA).mean())
 
     best, first = value(world.optimal_policy(BETA)), value(world.ref_logp_BK)
     gap = (best - value(np.asarray(online.logps(state.params)))) / (best - first)

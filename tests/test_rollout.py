@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,13 @@ from dpo_jax.parallel import make_mesh, shardings
 from dpo_jax.structs import BadInput
 from dpo_jax.train import make_update, split
 
-COMMON = {"rewards": (online.truth,), "max_tokens": online.STEPS}
+COMMON: dict[str, Any] = {"rewards": (online.truth,), "max_tokens": online.STEPS}
 GRPO = grpo(online.MODEL, **COMMON, n=5)
 PPO = ppo(online.MODEL, **COMMON, n=2, passes=1, kl=losses.kl_exact, beta=0.2)
 KEY = jax.random.key(3)
 
 
-def collected(algorithm, *, prompts=None, params=None, key=KEY, **layout):
+def collected(algorithm: Any, *, prompts=None, params=None, key=KEY, **layout):
     bound = online.bound(algorithm, **layout)
     state = online.started(bound, online.away() if params is None else params)
     prompts = online.asked() if prompts is None else prompts
@@ -193,7 +194,7 @@ def test_the_coefficient_follows_the_kl():
 
 
 def test_whitened_values_have_mean_0_and_deviation_1():
-    x, mask = np.float32([[1, 2, 9], [4, 7, 9]]), np.array([[1, 1, 0], [1, 1, 0]])
+    x, mask = np.array([[1.0, 2, 9], [4, 7, 9]], np.float32), np.array([[1, 1, 0], [1, 1, 0]])
     kept = np.array([1, 2, 4, 7])
     expected = (kept - kept.mean()) / kept.std(ddof=1)
     np.testing.assert_allclose(whitened(x, mask)[:, :2].ravel(), expected, rtol=1e-5)
@@ -230,6 +231,6 @@ def test_rewards_that_are_no_numbers_are_refused():
         return np.full(len(texts), np.nan)
 
     with pytest.raises(BadInput, match="broken gave"):
-        collected(grpo(online.MODEL, **COMMON | {"rewards": (broken,)}))
+        collected(grpo(online.MODEL, rewards=(broken,), max_tokens=online.STEPS))
     with pytest.raises(BadInput, match=r"data.row_tokens=5 would do"):
         GRPO.prepare(online.groups(), 4)

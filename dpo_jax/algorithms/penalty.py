@@ -54,7 +54,7 @@ class Penalty:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The frozen weights it compares with; without a coefficient there is nothing to compare."""
+        """The frozen weights it compares with: none without a coefficient."""
         return ("reference",) if self.beta else ()
 
     @property

@@ -36,6 +36,7 @@ from dpo_jax.algorithms.rollout import (
 )
 from dpo_jax.logprobs import TokenStatistics, token_statistics
 from dpo_jax.losses.advantage import batch_leave_one_out, group_normalized, leave_one_out
+from dpo_jax.losses.divergence import bounded
 from dpo_jax.losses.measure import fixed_length, sequence_mean, token_mean, within
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.parallel import shard_batch
@@ -122,9 +123,7 @@ def policy_gradient(
         rewards, reward_weights, n, max_tokens, temperature, top_k, top_p, missing_eos_penalty
     )
     penalty = Penalty(beta, kl, kl_in, kl_target, kl_horizon)
-    plan = Plan(
-        model, draw, advantage, loss, measure, penalty, skip_equal, passes, minibatches
-    )
+    plan = Plan(model, draw, advantage, loss, measure, penalty, skip_equal, passes, minibatches)
     made = Algorithm(
         init=partial(_init, plan),
         collect=as_it_is,
@@ -316,7 +315,7 @@ def surrogate(loss: Loss, logp_RN: Array, batch: Batch) -> tuple[jax.Array, Metr
     still_RN = (slope_RN == 0) & (advantage_RN != 0)
     value = weighted(batch.weight_RN, loss(logp_RN, old_RN, advantage_RN))
     share_RN = within(batch.weight_RN, batch.shared[WEIGHT])
-    ratio_RN = jnp.exp(losses.divergence.bounded(fixed_RN - old_RN))
+    ratio_RN = jnp.exp(bounded(jnp.asarray(fixed_RN - old_RN)))
     return value, {
         "loss/policy_avg": jax.lax.stop_gradient(value),
         "policy/clipfrac_avg": weighted(share_RN, jnp.where(still_RN, 1.0, 0.0)),

@@ -45,6 +45,15 @@ VALUE = "value_D"  # the head of the value, beside the weights of its body
 CRITIC = "critic"  # a body of its own, as the policy's
 
 
+class Credit(NamedTuple):
+    """How rewards become advantages."""
+
+    gamma: float
+    lam: float
+    whiten_rewards: bool
+    whiten_advantages: bool
+
+
 class Plan(NamedTuple):
     """The parts of one PPO."""
 
@@ -55,10 +64,7 @@ class Plan(NamedTuple):
     separate: bool
     value_weight: float
     value_clip: float
-    gamma: float
-    lam: float
-    whiten_rewards: bool
-    whiten_advantages: bool
+    credit: Credit
     minibatches: int
 
 
@@ -103,20 +109,8 @@ def ppo(
         rewards, reward_weights, n, max_tokens, temperature, top_k, top_p, missing_eos_penalty
     )
     penalty = Penalty(beta, kl, kl_in, kl_target, kl_horizon)
-    plan = Plan(
-        model,
-        draw,
-        penalty,
-        loss,
-        critic == "separate",
-        value_weight,
-        value_clip,
-        gamma,
-        lam,
-        whiten_rewards,
-        whiten_advantages,
-        minibatches,
-    )
+    credit, own = Credit(gamma, lam, whiten_rewards, whiten_advantages), critic == "separate"
+    plan = Plan(model, draw, penalty, loss, own, value_weight, value_clip, credit, minibatches)
     made = Algorithm(
         init=partial(_init, plan),
         collect=as_it_is,
@@ -178,6 +172,7 @@ def _valued(
         body = params[CRITIC]
         hidden_RND = scored_hidden(plan.model, join(body, frozen), batch)
         value_RN = readout(hidden_RND, body[VALUE])
+    assert value_RN is not None
     return found._replace(readout_RN=jnp.where(batch.slot_RN >= 0, value_RN, 0.0))
 
 
@@ -199,7 +194,7 @@ def _collect(
     charged_BKM = price_BKM if penalty.place == "reward" else np.zeros_like(price_BKM)
     advantage_BKM = _advantages(plan, rollout, charged_BKM, value_BKM)
     return_BKM = advantage_BKM + value_BKM
-    if plan.whiten_advantages:
+    if plan.credit.whiten_advantages:
         advantage_BKM = _whitened(advantage_BKM, rollout.mask_BKM)
     columns = {
         "advantage_RN": rollout.by_token(advantage_BKM),
@@ -222,16 +217,20 @@ def _advantages(
     last_BK1 = rollout.length_BK[..., None] - 1
     paid_BK1 = np.take_along_axis(reward_BKM, last_BK1, -1) + rollout.scores.total_BK[..., None]
     np.put_along_axis(reward_BKM, last_BK1, paid_BK1, axis=-1)
-    if plan.whiten_rewards:
+    if plan.credit.whiten_rewards:
         reward_BKM = _whitened(reward_BKM, mask_BKM, shift=False)
     M = mask_BKM.shape[-1]
-    arrays = (np.float32(x.reshape(-1, M)) for x in (reward_BKM, value_BKM, mask_BKM))
-    return np.asarray(gae(*arrays, gamma=plan.gamma, lam=plan.lam)).reshape(mask_BKM.shape)
+    reward_BT, value_BT, mask_BT = (
+        x_BKM.reshape(-1, M).astype(np.float32) for x_BKM in (reward_BKM, value_BKM, mask_BKM)
+    )
+    found = gae(reward_BT, value_BT, mask_BT, gamma=plan.credit.gamma, lam=plan.credit.lam)
+    return np.asarray(found).reshape(mask_BKM.shape)
 
 
 def _whitened(x_BKM: np.ndarray, mask_BKM: np.ndarray, *, shift: bool = True) -> np.ndarray:
     M = mask_BKM.shape[-1]
-    flat = whitened(np.float32(x_BKM.reshape(-1, M)), mask_BKM.reshape(-1, M), shift=shift)
+    x_BT = x_BKM.reshape(-1, M).astype(np.float32)
+    flat = whitened(x_BT, mask_BKM.reshape(-1, M), shift=shift)
     return np.asarray(flat).reshape(x_BKM.shape)
 
 
@@ -266,9 +265,7 @@ def _objective(
     return total, {"loss": total, **metrics, **value_metrics}
 
 
-def _value_loss(
-    plan: Plan, value_RN: Array | None, batch: Batch
-) -> tuple[jax.Array, Metrics]:
+def _value_loss(plan: Plan, value_RN: Array | None, batch: Batch) -> tuple[jax.Array, Metrics]:
     assert value_RN is not None and batch.value_RN is not None and batch.return_RN is not None
     loss_RN = losses.clipped_value(value_RN, batch.value_RN, batch.return_RN, clip=plan.value_clip)
     miss = weighted(batch.weight_RN, loss_RN)

@@ -83,13 +83,13 @@ class Rollout:
     sampled_BKM: np.ndarray  # log-probs as the sampler found them, 0 behind a response
     tokens: int  # prompts and responses
 
-    def by_response(self, x_RN: Array) -> np.ndarray:
+    def by_response(self, x_RN: Array | None) -> np.ndarray:
         """A value of every token as x_BKM, 0 behind a response."""
-        there_RN = self.response_RN >= 0
-        x_BKM = np.zeros(self.sampled_BKM.shape, np.asarray(x_RN).dtype)
-        flat = x_BKM.reshape(-1, x_BKM.shape[-1])
-        flat[self.response_RN[there_RN], self.place_RN[there_RN]] = np.asarray(x_RN)[there_RN]
-        return x_BKM
+        assert x_RN is not None
+        there_RN, (B, K, M) = self.response_RN >= 0, self.sampled_BKM.shape
+        x_BM = np.zeros((B * K, M), np.float32)
+        x_BM[self.response_RN[there_RN], self.place_RN[there_RN]] = np.asarray(x_RN)[there_RN]
+        return x_BM.reshape(B, K, M)
 
     def by_token(self, x: Array) -> np.ndarray:
         """x_BK, or x_BKM, as a value of every token in its row, x_RN."""
@@ -139,8 +139,9 @@ class Sampler:
 
         params: the tree that the model is called with.
         """
-        groups, first = self._groups(batch)
         draw = self.draw
+        records, first = _counted(batch, draw.n)
+        groups = [self.prompts[record] for record in records]
         drawn = sample(
             self.model,
             params,
@@ -152,29 +153,19 @@ class Sampler:
             temperature=draw.temperature,
             top_k=draw.top_k,
             top_p=draw.top_p,
-            records=[group.record for group in groups],
+            records=records,
             first=first,
             width=self.longest,
             rows=min(512, len(groups) * draw.n),
         )
         return self._rollout(groups, drawn)
 
-    def _groups(self, batch: Batch) -> tuple[list[Group], list[int]]:
-        """The prompts, and how many samples of the same record come before theirs."""
-        records = sorted(batch.record_RG[batch.record_RG >= 0].tolist())
-        met: Counter[int] = Counter()
-        first = []
-        for record in records:
-            first.append(met[record])
-            met[record] += self.draw.n
-        return [self.prompts[record] for record in records], first
-
     def _rollout(self, groups: list[Group], drawn: Samples) -> Rollout:
         length_BK = np.array([[len(ids) for ids in ids_K] for ids_K in drawn.responses])
         host, response_RN = self._rows(groups, drawn.responses, length_BK)
         prompt_B = np.array([len(group.prompt) for group in groups])
         behind_RN = np.repeat(prompt_B, self.draw.n)[np.maximum(response_RN, 0)]
-        position_RN = np.take_along_axis(host.positions_RT, host.source_RN, axis=1)
+        position_RN = np.take_along_axis(host.positions_RT, np.asarray(host.source_RN), axis=1)
         sampled_BKM = np.zeros((*length_BK.shape, self.draw.max_tokens), np.float32)
         for b, logps_K in enumerate(drawn.logps):
             for k, logp_M in enumerate(logps_K):
@@ -239,6 +230,17 @@ class Sampler:
         return Scores(named, np.asarray(total_BK - draw.missing_eos * ~drawn.finished))
 
 
+def _counted(batch: Batch, n: int) -> tuple[list[int], list[int]]:
+    """The records of a batch in order, and how many samples of the same one come before."""
+    records = sorted(np.asarray(batch.record_RG)[batch.record_RG >= 0].tolist())
+    met: Counter[int] = Counter()
+    first = []
+    for record in records:
+        first.append(met[record])
+        met[record] += n
+    return records, first
+
+
 def pieces(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Which responses of a group share a row that has room for so many tokens behind the prompt."""
     found: list[list[int]] = [[]]
@@ -265,9 +267,7 @@ def prompts_alone(
             f"a prompt of {longest} tokens and a response of algorithm.max_tokens={max_tokens} "
             f"take {longest + max_tokens}: data.row_tokens={longest + max_tokens} would do"
         )
-    return [
-        Group(group.prompt, [], weight=group.weight, record=group.record) for group in groups
-    ]
+    return [Group(group.prompt, [], weight=group.weight, record=group.record) for group in groups]
 
 
 def summary(rollout: Rollout) -> dict[str, float]:
