@@ -1,12 +1,11 @@
 """How far a policy may go from its reference: the KL in the reward or in the loss.
 
-What the estimators do (`losses.divergence`; d = logp - ref_logp of a sampled token):
-    in the reward, k1 and no other makes the RLHF objective E[score] - beta KL(policy, reference):
-        the others are rewards of their own, whose mean is another divergence (k3: the same
-        mean under the policy, but its gradient counts how it moves with the policy);
-    in the loss, only what a token's own estimate says reaches the gradient, not what the token
-        leads to: k2 and exact pull each token towards the reference by KL(policy, reference),
-        k3 by KL(reference, policy), abs by the total variation, and k1 not at all.
+What the estimators do there is measured in docs/losses.md (`worlds.kl_table`). In the reward, k1
+and no other makes the RLHF objective E[score] - beta KL(policy, reference): the others are held
+like scores although they move with the policy, so that it comes to rest elsewhere, even where
+their mean is the KL. In the loss the gradient is that of each token's own estimate, not of what
+the token leads to: k2 and exact pull by KL(policy, reference), k3 by KL(reference, policy), abs by
+the total variation, and k1 not at all.
 """
 
 from collections.abc import Callable
