@@ -273,12 +273,9 @@ def prompts_alone(
 def summary(rollout: Rollout) -> dict[str, float]:
     """TRL's metrics of rewards and completions."""
     total_BK, length_BK = rollout.scores.total_BK, rollout.length_BK
-    spread_B = _spread(total_BK)
     done = length_BK[rollout.finished_BK]
     found = {
         "reward": total_BK.mean(),
-        "reward_std": spread_B.mean(),
-        "frac_reward_zero_std": (spread_B == 0).mean(),
         "completions/mean_length": length_BK.mean(),
         "completions/min_length": length_BK.min(),
         "completions/max_length": length_BK.max(),
@@ -286,6 +283,9 @@ def summary(rollout: Rollout) -> dict[str, float]:
         "completions/mean_terminated_length": done.mean() if len(done) else 0.0,
         "num_tokens": rollout.tokens,
     }
+    if total_BK.shape[1] > 1:
+        found["reward_std"] = _spread(total_BK).mean()
+        found["frac_reward_zero_std"] = equal(total_BK).mean()
     for name, x_BK in rollout.scores.named.items():
         found |= {f"rewards/{name}/mean": x_BK.mean(), f"rewards/{name}/std": _std(x_BK)}
     return {name: float(value) for name, value in found.items()}
@@ -298,8 +298,6 @@ def equal(score_BK: np.ndarray) -> np.ndarray:
 
 def _spread(score_BK: np.ndarray) -> np.ndarray:
     """The sample standard deviation of each group, exactly 0 where all scores are the same."""
-    if score_BK.shape[1] < 2:
-        return np.zeros(len(score_BK))
     return np.where(equal(score_BK), 0.0, score_BK.std(axis=1, ddof=1))
 
 
