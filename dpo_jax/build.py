@@ -16,7 +16,7 @@ from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
-from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params, parted
+from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, parted
 from dpo_jax.values import show
 
 HELD_OUT_GROUPS = 128  # groups of one evaluation batch
@@ -114,6 +114,18 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     rows = parallel.row_multiple(mesh)
     groups = read_groups(experiment, "data.source", given.data, made, algorithm)
     batches = loader(experiment, groups, rows)
+    if algorithm.online is not None:
+        algorithm = algorithm.online(
+            Context(
+                tokenizer=made,
+                records=given.data,
+                prompts=groups,
+                step_groups=experiment.data.groups,
+                row_tokens=experiment.data.row_tokens,
+                rows_multiple=rows * experiment.run.microbatches,
+                mesh=mesh,
+            )
+        )
     held_out: list[Batch] = []
     if given.held_out:
         groups = read_groups(experiment, "evaluation.source", given.held_out, made, algorithm)
@@ -252,6 +264,11 @@ def _check_algorithm(experiment: Experiment, algorithm: Algorithm) -> None:
     if set(algorithm.frozen) - {"reference"}:
         raise BadInput(
             f"the algorithm wants {algorithm.frozen}; the only frozen weights are `reference`"
+        )
+    if algorithm.online is not None and experiment.evaluation.source is not None:
+        raise BadInput(
+            f"evaluation.source has no effect: {show(experiment.algorithm)} learns from its own "
+            "samples; leave it out, or give evaluation.prompts and evaluation.rewards"
         )
     parts = experiment.run.microbatches
     if algorithm.coupled and parts > 1:

@@ -25,6 +25,9 @@ class TokenStatistics(NamedTuple):
     logp_RN: jax.Array  # log p(target)
     ref_logp_RN: jax.Array | None = None  # the reference's
     kl_RN: jax.Array | None = None  # KL(reference, policy) over the vocabulary, in nats
+    policy_kl_RN: jax.Array | None = None  # KL(policy, reference)
+    entropy_RN: jax.Array | None = None  # of the policy over the vocabulary, in nats
+    readout_RN: jax.Array | None = None  # what a head of one column says of the state before it
     aligned_RN: jax.Array | None = None  # log p(target) - log sum_v p(v)^2, without gradient
 
 
@@ -46,12 +49,16 @@ def token_statistics(
     *,
     reference: Params | None = None,
     aligned: bool = False,
+    policy_kl: bool = False,
+    entropy: bool = False,
+    readout_D: Array | None = None,
     temperature: float | jax.Array = 1.0,
 ) -> TokenStatistics:
-    """`token_logps` with what else the same logits say.
+    """`token_logps` with what else the same hidden states and logits say.
 
     reference: weights whose log-probs and exact KL are wanted too; gradients stay with `params`.
-    aligned: WPO's log-weight of every token (2406.11827 eq. 6).
+    aligned: WPO's log-weight of every token (2406.11827 eq. 6). policy_kl: the KL the other way
+    round too. readout_D: a vector whose product with every hidden state is wanted.
     """
     parts = [scored_hidden(model, params, batch)]
     if reference is not None:
@@ -65,6 +72,9 @@ def token_statistics(
         if aligned:
             square_RC = jax.nn.logsumexp(2 * logits_RCV, axis=-1) - 2 * total_RC
             found = found._replace(aligned_RN=jax.lax.stop_gradient(found.logp_RN - square_RC))
+        if entropy:
+            p_RCV = jnp.exp(logits_RCV - total_RC[..., None])
+            found = found._replace(entropy_RN=total_RC - jnp.sum(p_RCV * logits_RCV, axis=-1))
         for ref_hidden_RCD in ref_RCD:
             ref_RCV = precise(model.unembed(reference, ref_hidden_RCD)) / temperature
             ref_RCV = jax.nn.log_softmax(ref_RCV)
@@ -73,10 +83,15 @@ def token_statistics(
                 ref_logp_RN=_picked(ref_RCV, target_RC),
                 kl_RN=jnp.sum(jnp.exp(ref_RCV) * gap_RCV, axis=-1),
             )
+            if policy_kl:
+                p_RCV = jnp.exp(logits_RCV - total_RC[..., None])
+                found = found._replace(policy_kl_RN=-jnp.sum(p_RCV * gap_RCV, axis=-1))
         return found
 
     vocabulary = len(parts) * _vocabulary(model, params, parts[0])
     found = _chunked(head, vocabulary, jnp.asarray(batch.target_RN), *parts)
+    if readout_D is not None:
+        found = found._replace(readout_RN=readout(parts[0], readout_D))
     return jax.tree.map(lambda x_RN: jnp.where(batch.slot_RN >= 0, x_RN, 0.0), found)
 
 
@@ -136,6 +151,12 @@ def scored_hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
     chex.assert_equal_shape([batch.target_RN, batch.source_RN, batch.slot_RN])
     hidden_RTD, _ = model.hidden(params, batch.tokens_RT, batch.positions_RT, batch.until_RT)
     return jax.vmap(lambda hidden_TD, source_N: hidden_TD[source_N])(hidden_RTD, batch.source_RN)
+
+
+def readout(hidden_RND: jax.Array, readout_D: Array) -> jax.Array:
+    """What a head of one column says of every hidden state, float32, x_RN."""
+    # a product this small is not worth the rounding that accelerators have by default
+    return jnp.einsum("rnd,d->rn", precise(hidden_RND), precise(readout_D), precision="highest")
 
 
 def _picked(logits_RCV: jax.Array, target_RC: jax.Array) -> jax.Array:

@@ -37,49 +37,61 @@ def sample(
     top_p: float = 1.0,
     vocabulary: int | None = None,
     records: Sequence[int] | None = None,
+    first: Sequence[int] | None = None,
+    width: int = 0,
     rows: int = 512,
 ) -> Samples:
     """Samples n responses to every prompt.
 
     prompts: int32 id arrays, not empty. records: what numbers a prompt for its random key (its
     place by default): sample k of record r draws from fold_in(fold_in(key, r), k), so batch size,
-    order and mesh do not change it. temperature 0 takes the likeliest token. top_k 0 and top_p 1
-    are off; both keep at least one token. vocabulary: ids from this on are never drawn, such as
-    those that pad an embedding beyond its tokenizer; None = all may be. rows: sequences that run
-    side by side, at most.
+    order and mesh do not change it. first: k of a prompt's first sample, 0 by default; a record
+    that stands there twice goes on counting. temperature 0 takes the likeliest token. top_k 0 and
+    top_p 1 are off; both keep at least one token. vocabulary: ids from this on are never drawn,
+    such as those that pad an embedding beyond its tokenizer; None = all may be. width: prompts are
+    padded to as many tokens at least, so that calls share a program. rows: sequences that run side
+    by side, at most.
     Raises: BadInput for options out of range, an empty prompt, or more positions than there are.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or n < 1:
-        raise BadInput(
-            "sampling wants temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_tokens and n >= 1"
-        )
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise BadInput("sampling wants prompts of at least one token (BOS, say)")
+    _check(prompts, temperature, top_k, top_p, min(max_tokens, n))
     check_places(model, prompts, max_tokens)
     if not prompts:
         return Samples([], [], np.zeros((0, n), bool))
     numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
     # of a few prompts no more rows than they fill, of many always the same number
     per_call = max(1, min(rows // n, 1 << (len(prompts) - 1).bit_length()))
-    longest = max(len(prompt) for prompt in prompts)
+    starts = np.zeros(len(prompts), int) if first is None else np.asarray(first)
+    longest = max(width, *(len(prompt) for prompt in prompts))
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
     tokens, logps = [], []
     for start in range(0, len(prompts), per_call):
-        part, part_numbers = prompts[start : start + per_call], numbers[start : start + per_call]
+        here = slice(start, start + per_call)
+        part = prompts[here]
         tokens_BP = np.zeros((per_call, width), np.int32)
-        length_B = np.ones(per_call, np.int32)
+        length_B = np.zeros(per_call, np.int32)  # 0: no prompt, nothing to wait for
         for row, prompt in enumerate(part):
             tokens_BP[row, : len(prompt)] = prompt
             length_B[row] = len(prompt)
-        record_B = np.zeros(per_call, np.int32)
-        record_B[: len(part)] = part_numbers
+        record_B, first_B = np.zeros(per_call, np.int32), np.zeros(per_call, np.int32)
+        record_B[: len(part)], first_B[: len(part)] = numbers[here], starts[here]
         cuts = (ALL if vocabulary is None else vocabulary, temperature, top_k, top_p)
-        drawn = run(params, tokens_BP, length_B, record_B, key, *cuts)
+        drawn = run(params, tokens_BP, length_B, record_B, first_B, key, *cuts)
         drawn_BKM, logp_BKM = jax.device_get(drawn)
         tokens.append(drawn_BKM[: len(part)])
         logps.append(logp_BKM[: len(part)])
     return _trimmed(np.concatenate(tokens), np.concatenate(logps), eos)
+
+
+def _check(
+    prompts: Sequence[np.ndarray], temperature: float, top_k: int, top_p: float, least: int
+) -> None:
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or least < 1:
+        raise BadInput(
+            "sampling wants temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_tokens and n >= 1"
+        )
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise BadInput("sampling wants prompts of at least one token (BOS, say)")
 
 
 def check_places(model: Model, prompts: Sequence[np.ndarray], max_tokens: int) -> None:
@@ -111,7 +123,8 @@ def _compiled(
 ):
     """The jitted sampler of one model and one set of flags; rates and cuts are traced."""
 
-    def run(params, tokens_BP, length_B, record_B, key, vocabulary, temperature, top_k, top_p):
+    def run(params, tokens_BP, length_B, record_B, first_B, key, *cuts):
+        vocabulary, temperature, top_k, top_p = cuts
         B, P = tokens_BP.shape
         S = P + max_tokens
         place_P = jnp.arange(P, dtype=jnp.int32)
@@ -124,13 +137,11 @@ def _compiled(
         hidden_RD = jnp.repeat(last_BD, n, axis=0)
         length_R = jnp.repeat(length_B, n)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
-        keys_R = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(n)))(
-            keys_B
-        )
-        keys_R = keys_R.reshape(B * n)
+        number_BK = first_B[:, None] + jnp.arange(n)[None, :]
+        keys_R = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, number_BK).reshape(B * n)
 
-        def step(carry, t):
-            hidden_RD, cache, ended_R = carry
+        def step(carry):
+            t, hidden_RD, cache, ended_R, token_MR, logp_MR = carry
             logits_RV = precise(model.unembed(params, hidden_RD))
             logits_RV = logits_RV if greedy else logits_RV / temperature
             id_V = jnp.arange(logits_RV.shape[-1])
@@ -150,10 +161,18 @@ def _compiled(
                 params, token_R[:, None], position_R[:, None], until_R[:, None], cache
             )
             ended_R = ended_R | (token_R == eos)
-            return (hidden_RTD[:, 0], cache, ended_R), (token_R, logp_R)
+            token_MR, logp_MR = token_MR.at[t].set(token_R), logp_MR.at[t].set(logp_R)
+            return t + 1, hidden_RTD[:, 0], cache, ended_R, token_MR, logp_MR
 
-        start = (hidden_RD, cache, jnp.zeros(B * n, bool))
-        _, (token_MR, logp_MR) = jax.lax.scan(step, start, jnp.arange(max_tokens, dtype=jnp.int32))
+        def unfinished(carry):
+            t, _, _, ended_R, _, _ = carry
+            return (t < max_tokens) & ~jnp.all(ended_R)
+
+        ended_R = jnp.repeat(length_B == 0, n)
+        token_MR = jnp.full((max_tokens, B * n), eos, jnp.int32)
+        logp_MR = jnp.zeros((max_tokens, B * n), precise(hidden_RD).dtype)
+        start = (jnp.int32(0), hidden_RD, cache, ended_R, token_MR, logp_MR)
+        *_, token_MR, logp_MR = jax.lax.while_loop(unfinished, step, start)
         return token_MR.T.reshape(B, n, max_tokens), logp_MR.T.reshape(B, n, max_tokens)
 
     return jax.jit(run)

@@ -139,12 +139,28 @@ def as_it_is(
     return batch, state.memory
 
 
+class Context(NamedTuple):
+    """What an algorithm that samples learns of its run, once, on the host.
+
+    records: the raw ones, by the numbers in record_RG. prompts: their groups, without responses.
+    Rollouts stand in rows of row_tokens; their count is a multiple of rows_multiple.
+    """
+
+    tokenizer: Any
+    records: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Group]
+    step_groups: int
+    row_tokens: int
+    rows_multiple: int
+    mesh: jax.sharding.Mesh
+
+
 class Algorithm(NamedTuple):
     """A way to train, as pure functions.
 
     init(key, params, frozen) -> (params, memory): adds heads; memory is checkpointed.
     collect(state, frozen, batch, key) -> (batch, memory): completes the batch.
-    measure(batch) -> batch: turns the raw weights of a whole step into measures.
+    measure(batch) -> batch: turns the raw weights of a whole optimizer step into measures.
     objective(params, frozen, memory, batch, key) -> (scalar, metrics): always traced; every
         value is a sum under the measures, so the parts of a split batch add up.
     frozen: names of the frozen weights it reads; `reference` is the policy at step 0, its adapters
@@ -154,6 +170,8 @@ class Algorithm(NamedTuple):
     coupled: a loss compares groups of a whole step, which microbatches would part.
     fused: collect is traceable too, the loop compiles both as one step.
     passes, minibatches: optimizer passes over a collected batch, and the parts of a pass.
+    online: Context -> this algorithm with a `collect` that samples. Such a collect takes the batch
+        of prompts on the host and gives rows on the mesh, whose `shared` holds metrics of them.
     """
 
     init: Callable[..., tuple[Params, Memory]]
@@ -166,6 +184,7 @@ class Algorithm(NamedTuple):
     frozen: tuple[str, ...] = ()
     prepare: Callable[..., list[Group]] = unchanged
     coupled: bool = False
+    online: Callable[[Context], "Algorithm"] | None = None
 
 
 def precise(x: Array) -> jax.Array:

@@ -258,19 +258,29 @@ class Stepper:
         """Dispatch one step: its metrics, still on the device, and how many tokens it had."""
         host = self.setup.loader.batch(step)
         key = jax.random.fold_in(jax.random.key(self.member.experiment.run.seed), step)
-        batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
-        tokens = build.real_tokens(host)
         if self.algorithm.fused:
+            batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
             self._state, values = self.ready(batch, key)(self._state, frozen, batch, key)
-            return [(values, tokens)]
-        batch, memory = self.algorithm.collect(self._state, frozen, batch, key)
-        state, whole, values = replace(self._state, memory=memory), self.measure(batch), {}
+            return [(values, build.real_tokens(host))]
+        return [self._collected(host, key)]
+
+    def _collected(self, host: Batch, key: jax.Array) -> tuple[dict[str, Any], int]:
+        """A step whose batch is made on the host: the means of its updates, and what the batch
+        says of itself."""
+        frozen = self.setup.frozen
+        batch, memory = self.algorithm.collect(self._state, frozen, host, key)
+        memory = jax.device_put(memory, shardings(self.setup.mesh, memory))
+        state, total, values = replace(self._state, memory=memory), {}, {}
         following = state.step + 1  # a step of the loop, however many updates it makes
-        for _ in range(self.algorithm.passes):
-            for part in _minibatches(whole, self.algorithm.minibatches):
-                state, values = self.ready(part, key)(state, frozen, part, key)
+        pieces = [self.measure(part) for part in _minibatches(batch, self.algorithm.minibatches)]
+        for part in pieces * self.algorithm.passes:
+            state, values = self.ready(part, key)(state, frozen, part, key)
+            total = {name: total.get(name, 0.0) + value for name, value in values.items()}
+        updates = self.algorithm.passes * len(pieces)
+        means = {name: value / updates for name, value in total.items()}
         self._state = replace(state, step=following)
-        return [(values, tokens)]
+        means["skipped"] = values["skipped"]  # counted on from update to update
+        return {**means, **batch.shared}, build.real_tokens(jax.device_get(batch))
 
     def ready(self, batch: Batch, key: jax.Array) -> Callable:
         """The update compiled for the shapes of a batch."""
@@ -334,8 +344,17 @@ def trace(experiment: Experiment) -> Metrics:
     def step(params: Params, key: jax.Array) -> Metrics:
         trained, memory, frozen = parts.begun(algorithm, params, key)
         state = TrainState(jnp.int32(0), trained, None, memory, jnp.int32(0))
-        whole, memory = algorithm.collect(state, frozen, batch, key)
+        if algorithm.online is not None:
+            whole = _with_columns(batch)
+        else:
+            whole, memory = algorithm.collect(state, frozen, batch, key)
         return algorithm.objective(trained, frozen, memory, algorithm.measure(whole), key)[1]
 
     key = jax.random.key(0)
     return jax.eval_shape(step, jax.eval_shape(model.init, key), key)
+
+
+def _with_columns(batch: Batch) -> Batch:
+    """The batch with the columns of a rollout, for their shapes."""
+    names = ("old_logp_RN", "ref_logp_RN", "advantage_RN", "return_RN", "value_RN")
+    return replace(batch, **dict.fromkeys(names, np.zeros_like(batch.weight_RN)))

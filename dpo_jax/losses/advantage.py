@@ -1,6 +1,7 @@
 """Advantages: rewards in, how much better than expected every token or response was.
 
-Float32 or better inside and out; jit-able; nothing here is normalised over the batch.
+Float32 or better inside and out; jit-able. Only `batch_leave_one_out` and `whitened` look beyond a
+group or a response: give them the whole of a rollout.
 """
 
 import chex
@@ -74,6 +75,38 @@ def group_normalized(reward_BK: Array, *, std: bool = True, eps: Array | float =
     if not std or centred_BK.shape[1] == 1:
         return centred_BK
     return centred_BK / (jnp.std(centred_BK, axis=1, ddof=1, keepdims=True) + eps)
+
+
+def batch_leave_one_out(reward_BK: Array) -> jax.Array:
+    """REINFORCE with a baseline, Williams 1992: the mean of all other responses of the rollout.
+
+        r_i - mean_{j != i} r_j      i, j over all B * K
+
+    Unbiased as `leave_one_out`, and K may be 1. A lone response has advantage 0.
+    """
+    reward_BK = floating(reward_BK)
+    return leave_one_out(reward_BK.reshape(1, -1)).reshape(reward_BK.shape)
+
+
+def whitened(
+    x_BT: Array, mask_BT: Array, *, shift: bool = True, eps: Array | float = 1e-8
+) -> jax.Array:
+    """Mean 0 and standard deviation 1 over the places with a nonzero mask_BT; 0 elsewhere.
+
+        (x - mean) / sqrt(var + eps)
+
+    The sample variance (ddof 1). shift=False leaves the mean where it is. One place or none gives
+    the values back.
+    """
+    x_BT, there_BT = floating(x_BT), jnp.asarray(mask_BT) != 0
+    chex.assert_equal_shape([x_BT, there_BT])
+    count = jnp.sum(there_BT)
+    mean = jnp.sum(jnp.where(there_BT, x_BT, 0)) / jnp.maximum(count, 1)
+    gap_BT = jnp.where(there_BT, x_BT - mean, 0)
+    variance = jnp.sum(gap_BT**2) / jnp.maximum(count - 1, 1)
+    scaled_BT = gap_BT * jax.lax.rsqrt(variance + eps)
+    scaled_BT = scaled_BT if shift else scaled_BT + mean
+    return jnp.where(there_BT, jnp.where(count > 1, scaled_BT, x_BT), 0)
 
 
 def _centred(reward_BK: Array) -> jax.Array:

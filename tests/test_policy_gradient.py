@@ -1,0 +1,217 @@
+"""Policy gradients where every response can be listed: sampled gradients against exact ones."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import online
+import optax
+import pytest
+from tiny import relative_error
+
+from dpo_jax import losses
+from dpo_jax.algorithms.policy import grpo, policy_gradient, reinforce, rloo, score_function
+from dpo_jax.algorithms.ppo import ppo
+from dpo_jax.data.packing import pack
+from dpo_jax.logprobs import naive_token_logps, per_response
+from dpo_jax.losses.advantage import group_normalized
+from dpo_jax.losses.measure import fixed_length
+from dpo_jax.structs import precise
+from dpo_jax.train import make_update
+from dpo_jax.worlds import enumerable
+
+BETA = 0.3
+COMMON: dict[str, Any] = {"rewards": (online.truth,), "max_tokens": online.STEPS, "beta": BETA}
+SURE = 4.5  # standard errors; a true mean is further off once in 100 000 tries
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
+
+
+def exact_gradient(params, beta: float = BETA) -> np.ndarray:
+    """That of minus the RLHF objective, every response listed."""
+    world = online.WORLD
+
+    def value(params):
+        logp_BK = online.logps(params)
+        return -jnp.mean(
+            enumerable.objective(
+                logp_BK, jnp.float32(world.ref_logp_BK), jnp.float32(world.reward_BK), beta
+            )
+        )
+
+    return flat(jax.jit(jax.grad(value))(params))
+
+
+def sampled_gradients(algorithm, params, draws: int, step_groups: int = 64) -> np.ndarray:
+    """One gradient a rollout."""
+    bound = online.bound(algorithm, step_groups=step_groups)
+    state, prompts = online.started(bound, params), online.asked(step_groups)
+
+    @jax.jit
+    def gradient(params, batch):
+        batch = bound.measure(batch)
+        return jax.grad(bound.objective, has_aux=True)(params, online.FROZEN, {}, batch, None)[0]
+
+    found = []
+    for draw in range(draws):
+        batch, _ = bound.collect(state, online.FROZEN, prompts, jax.random.key(draw))
+        found.append(flat(gradient(params, batch)))
+    return np.stack(found)
+
+
+ESTIMATES = {
+    "reinforce": (partial(reinforce, **COMMON, n=2), 1.0),
+    "rloo": (partial(rloo, **COMMON), 1.0),
+    "rloo with clipped ratios": (partial(rloo, **COMMON, loss=losses.clipped_surrogate), 1.0),
+    # the mean of the group counts the response itself
+    "grpo without std": (
+        partial(
+            grpo,
+            **COMMON,
+            n=4,
+            advantage=partial(group_normalized, std=False),
+            measure=fixed_length(1),
+            kl=losses.kl_k1,
+            kl_in="reward",
+        ),
+        3 / 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_the_gradient_is_unbiased_for_the_enumerated_one(name):
+    """Along the exact gradient and in five random directions."""
+    algorithm, share = ESTIMATES[name]
+    params = online.away()
+    exact = share * exact_gradient(params)
+    found = sampled_gradients(algorithm(online.MODEL), params, draws=32)
+    random = np.random.default_rng(0).normal(size=(5, len(exact)))
+    directions = np.concatenate([exact[None], random])
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    along = found @ directions.T
+    error = along.std(axis=0, ddof=1) / np.sqrt(len(found))
+    assert error[0] < 0.05 * np.linalg.norm(exact)  # so that a term that is missing would show
+    np.testing.assert_array_less(np.abs(along.mean(axis=0) - directions @ exact), SURE * error)
+
+
+def listed_batch():
+    """All responses of the world, each weighed by the policy's probability, without gradient."""
+    groups = online.WORLD.groups()
+    batch = pack(groups, row_tokens=max(group.tokens for group in groups), rows=len(groups))
+    zeros = np.zeros_like(batch.weight_RN)
+    return replace(batch, advantage_RN=zeros, old_logp_RN=zeros, shared={"weight": 1.0})
+
+
+def divergences(params, other):
+    """(KL(policy, other), KL(other, policy)) at the source of every scored token, x_RN."""
+    batch = listed_batch()
+
+    def logp_RNV(weights):
+        arrays = (batch.tokens_RT, batch.positions_RT, batch.until_RT)
+        hidden_RTD, _ = online.MODEL.hidden(weights, *arrays)
+        logp_RTV = jax.nn.log_softmax(precise(online.MODEL.unembed(weights, hidden_RTD)))
+        return jax.vmap(lambda x_TV, n_N: x_TV[n_N])(logp_RTV, batch.source_RN)
+
+    p, q = logp_RNV(params), logp_RNV(other)
+    return jnp.sum(jnp.exp(p) * (p - q), -1), jnp.sum(jnp.exp(q) * (q - p), -1)
+
+
+@pytest.mark.parametrize(
+    ("kl", "pull"),
+    [
+        (losses.kl_k1, None),
+        (losses.kl_k2, 0),
+        (losses.kl_exact, 0),
+        (losses.kl_k3, 1),
+    ],
+)
+def test_what_a_kl_in_the_loss_pulls_to(kl, pull):
+    """Its gradient, every response listed, is that of a KL at every token that the policy meets,
+    however it came there: KL(policy, reference) for k2 and exact, the other way round for k3,
+    none for k1."""
+    params, batch = online.away(), listed_batch()
+    logp_RN = naive_token_logps(online.MODEL, params, batch)
+    met_RGK = jnp.exp(per_response(logp_RN, batch))  # the probability of each response
+    K = met_RGK.shape[-1]
+    assert batch.end_RGK.shape[1] == 1
+    met_RN = jnp.take_along_axis(met_RGK[:, 0], jnp.maximum(batch.slot_RN % K, 0), axis=1)
+    weight_RN = np.where(batch.slot_RN >= 0, met_RN, 0)
+    ref_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
+    batch = replace(batch, weight_RN=weight_RN, ref_logp_RN=np.asarray(ref_RN))
+    algorithm = policy_gradient(
+        online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in="loss", loss=score_function
+    )
+    gradient = jax.grad(algorithm.objective, has_aux=True)
+    found = flat(gradient(params, online.FROZEN, {}, batch, None)[0])
+    if pull is None:
+        np.testing.assert_allclose(found, 0, atol=1e-5)
+        return
+
+    def expected(params):
+        return jnp.sum(weight_RN * divergences(params, online.REFERENCE)[pull])
+
+    wanted = flat(jax.grad(expected)(params))
+    assert np.linalg.norm(wanted) > 0.1
+    np.testing.assert_allclose(found, wanted, atol=float(1e-4 * np.linalg.norm(wanted)))
+
+
+def test_equal_groups_weigh_nothing_where_they_are_skipped():
+    """A reward that only one prompt varies: the rest of the step is as if it were not there."""
+
+    def half(records, responses):
+        return online.truth(records, responses) * [record["prompt"] == "a" for record in records]
+
+    def gradients(**changes):
+        algorithm = partial(grpo, **COMMON | {"beta": 0.0, "rewards": (half,)}, n=4)
+        bound = online.bound(algorithm(online.MODEL, **changes))
+        state = online.started(bound)
+        batch, _ = bound.collect(state, {}, online.asked(8), jax.random.key(0))
+        whole = bound.measure(batch)
+        gradient = jax.grad(bound.objective, has_aux=True)
+        return gradient(state.params, {}, {}, whole, None)[0], batch.shared
+
+    plain, values = gradients()
+    skipped, _ = gradients(skip_equal=True)
+    share = 1 - float(values["frac_reward_zero_std"])
+    assert 0 < share <= 0.5
+    assert relative_error(jax.tree.map(lambda x: x * share, skipped), plain) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        partial(rloo, **COMMON, n=8),
+        partial(ppo, **COMMON, n=8, passes=2, value_weight=0.5, lam=1.0),
+    ],
+    ids=["rloo", "ppo"],
+)
+def test_the_rlhf_objective_is_approached(algorithm):
+    """In a hundred steps of 256 responses: (J* - J) / (J* - J(reference))."""
+    steps, world = 100, online.WORLD
+    bound = online.bound(algorithm(online.MODEL), step_groups=32)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.01, steps))
+    )
+    state = online.started(bound)
+    state = replace(state, opt_state=tx.init(state.params))
+    update, measure = jax.jit(make_update(bound, tx)), jax.jit(bound.measure)
+    for step in range(steps):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        prompts = online.asked(32, step=step)
+        batch, memory = bound.collect(state, online.FROZEN, prompts, key)
+        state = replace(state, memory=memory)
+        for _ in range(bound.passes):
+            state, _ = update(state, online.FROZEN, measure(replace(batch, shared={})), key)
+
+    def value(logp_BK):
+        return float(enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, BETA).mean())
+
+    best, first = value(world.optimal_policy(BETA)), value(world.ref_logp_BK)
+    gap = (best - value(np.asarray(online.logps(state.params)))) / (best - first)
+    assert 0 <= gap < 0.05
