@@ -264,16 +264,22 @@ def _with_items(value: tuple[Any, ...], tree: Tree, spot: Spot) -> tuple[Any, ..
 
 
 def _assigned(old: Any, new: Any, spot: Spot) -> Any:
-    """The new value of an option, read if it is text; a function keeps the old one's keywords."""
+    """The new value of an option, read if it is text; a function keeps the old one's keywords.
+
+    A partial says its own, one that is named (as algorithms.policy.rloo) keeps what it requires.
+    """
+    named = isinstance(new, str)
     if isinstance(new, str):
         new = _read(old, new, spot)
     elif isinstance(new, list) and not _takes(spot.kind, tuple, list):
         raise _list_of_values(spot.path, new)
     new = check_field(new, spot)
     both = callable(old) and callable(new) and old is not UNSET
-    if both and not (isinstance(new, partial) or is_record(old) or is_record(new)):
-        bound = functions.unwrap(old)[2]
-        kept = {name: bound[name] for name in bound if name in _keywords(new, spot)}
+    if both and not (is_record(old) or is_record(new)):
+        bound, open_to = functions.unwrap(old)[2], _keywords(new, spot)
+        if isinstance(new, partial):
+            open_to = {name for name in open_to if named and open_to[name] is UNSET}
+        kept = {name: bound[name] for name in bound if name in open_to}
         return partial(new, **kept) if kept else new
     return new
 

@@ -221,6 +221,17 @@ def test_a_function_keeps_the_keywords_that_both_share():
     assert exact.algorithm.keywords["loss"].keywords == {"beta": 5.0}
 
 
+milder = partial(tilted, beta=0.01)  # tilt is left open
+
+
+def test_a_named_setting_keeps_what_it_requires():
+    start = override(DPO, {"algorithm.loss": partial(tilted, beta=0.3, tilt=2.0, margin=0.7)})
+    changed = override(start, {"algorithm.loss": f"{__name__}:milder"})
+    assert changed.algorithm.keywords["loss"].keywords == {"beta": 0.01, "tilt": 2.0}
+    with pytest.raises(BadInput, match=r"requires algorithm\.loss\.tilt"):
+        override(start, {"algorithm.loss": milder})
+
+
 def test_keywords_apply_to_the_new_function_in_any_order():
     first = override(DPO, {"algorithm.loss.length_norm": "false", "algorithm.loss": "losses.ipo"})
     second = override(DPO, {"algorithm.loss": "losses.ipo", "algorithm.loss.length_norm": "false"})
