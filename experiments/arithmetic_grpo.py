@@ -1,6 +1,6 @@
 """dpo-jax train experiments/arithmetic_grpo.py: sums learnt from a reward that can be verified.
 Cost: half a minute on 2 busy CPU cores, beside the SFT run.
-Result: 66% +- 1% of its sampled answers are right, 59% +- 2% before and 58% +- 1% half way: run.seed
+Result: 66% +- 1% of its sampled answers are right, 59% +- 2% before, 58% +- 1% half way: run.seed
 0 to 2 with evaluation.prompts.seed=77, prompts that chose no setting (commit 63db90a).
 """
 
