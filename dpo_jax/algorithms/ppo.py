@@ -3,7 +3,6 @@ action, its reward the price of its KL, and the score comes with the last one.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -13,18 +12,19 @@ import numpy as np
 
 from dpo_jax import losses
 from dpo_jax.algorithms.margins import weighted
-from dpo_jax.algorithms.penalty import Estimator, Penalty, Place
-from dpo_jax.algorithms.policy import (
+from dpo_jax.algorithms.on_policy import (
     WEIGHT,
-    anchor,
     completed,
-    objective_metrics,
+    current,
+    held,
+    measured,
     priced,
     surrogate,
     token_facts,
 )
-from dpo_jax.algorithms.rollout import Draw, Reward, Rollout, Sampler, prompts_alone, summary
-from dpo_jax.logprobs import ROUNDED, TokenStatistics, readout, scored_hidden, token_statistics
+from dpo_jax.algorithms.penalty import Estimator, Penalty, Place
+from dpo_jax.algorithms.rollout import Draw, Reward, Rollout, Sampler, prompts_alone
+from dpo_jax.logprobs import ROUNDED, TokenStatistics, readout, scored_hidden
 from dpo_jax.losses.advantage import gae, whitened
 from dpo_jax.losses.measure import token_mean, within
 from dpo_jax.structs import (
@@ -115,7 +115,7 @@ def ppo(
     made = Algorithm(
         init=partial(_init, plan),
         collect=as_it_is,
-        measure=_measured,
+        measure=partial(measured, token_mean),
         objective=partial(_objective, plan),
         passes=passes,
         minibatches=minibatches,
@@ -190,7 +190,7 @@ def _collect(
     """A rollout with its log-probs, values, advantages and returns."""
     rollout = sampler(join(state.params, frozen), batch, key)
     found = facts(state.params, frozen, rollout.batch)
-    score_BK, penalty = rollout.scores.total_BK, plan.penalty
+    penalty = plan.penalty
     price_BKM = priced(penalty, state.memory, rollout, found)
     value_BKM = rollout.by_response(found.readout_RN)
     charged_BKM = price_BKM if penalty.place == "reward" else np.zeros_like(price_BKM)
@@ -203,12 +203,7 @@ def _collect(
         "return_RN": rollout.by_token(return_BKM),
         "value_RN": rollout.by_token(value_BKM),
     }
-    reward_BK = score_BK - price_BKM.sum(axis=-1)
-    values = summary(rollout) | objective_metrics(rollout, found, score_BK, reward_BK)
-    memory = penalty.adapted(state.memory, values.get("objective/kl", 0.0), score_BK.size)
-    if penalty.target is not None:
-        values["objective/kl_coef"] = float(penalty.coefficient(state.memory))
-    return completed(sampler, rollout, found, columns, values), memory
+    return completed(penalty, state.memory, sampler, rollout, found, price_BKM, columns)
 
 
 def _advantages(
@@ -236,35 +231,25 @@ def _whitened(x_BKM: np.ndarray, mask_BKM: np.ndarray, *, shift: bool = True) ->
     return np.asarray(flat).reshape(x_BKM.shape)
 
 
-def _measured(batch: Batch) -> Batch:
-    weight_RN = token_mean(batch.weight_RN, batch.slot_RN)
-    return replace(batch, weight_RN=weight_RN, shared={WEIGHT: jnp.sum(weight_RN)})
-
-
 def _objective(
     plan: Plan, params: Params, frozen: Params, memory: Memory, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
     """Surrogate and value loss of the tokens, the price of the KL where it stands in the loss."""
-    penalty = plan.penalty
-    exact = penalty.in_loss and penalty.exact
-    found = token_statistics(
+    found = current(
         plan.model,
-        join(params, frozen),
+        plan.penalty,
+        params,
+        frozen,
         batch,
-        reference=anchor(frozen) if exact else None,
-        policy_kl=exact,
-        readout_D=None if plan.separate else params[VALUE],
         temperature=plan.draw.temperature,
+        readout_D=None if plan.separate else params[VALUE],
     )
     found = _valued(plan, params, frozen, batch, found)
     value, metrics = surrogate(plan.loss, found.logp_RN, batch)
     miss, value_metrics = _value_loss(plan, found.readout_RN, batch)
-    total = value + plan.value_weight * miss
-    if penalty.in_loss:
-        kl = weighted(batch.weight_RN, penalty.tokens(found, batch.ref_logp_RN))
-        total += penalty.coefficient(memory) * kl
-        metrics["loss/kl_avg"] = jax.lax.stop_gradient(kl)
-    return total, {"loss": total, **metrics, **value_metrics}
+    price, held_metrics = held(plan.penalty, memory, found, batch)
+    total = value + plan.value_weight * miss + price
+    return total, {"loss": total, **metrics, **value_metrics, **held_metrics}
 
 
 def _value_loss(plan: Plan, value_RN: Array | None, batch: Batch) -> tuple[jax.Array, Metrics]:
