@@ -324,7 +324,7 @@ def load(name: str) -> ModuleType:
             known = [key for key, x in vars(module).items() if isinstance(x, Experiment)]
             raise BadInput(f"{name} defines no Experiment {other}: there are {', '.join(known)}")
         module, chosen = ModuleType(module.__name__, module.__doc__), getattr(module, other)
-        module.EXPERIMENT = chosen  # type: ignore[attr-defined]
+        vars(module)["EXPERIMENT"] = chosen
         return module
     if not isinstance(getattr(module, "EXPERIMENT", None), Experiment):
         raise BadInput(
