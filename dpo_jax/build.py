@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from dpo_jax import parallel, parts, rundir, sampling
+from dpo_jax import parallel, parts, refcache, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
-from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, parted
+from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, join, parted
 from dpo_jax.values import show
 
 HELD_OUT_GROUPS = 128  # groups of one evaluation batch
@@ -112,7 +114,13 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
 
     made, algorithm = readers(experiment)
     rows = parallel.row_multiple(mesh)
-    groups = read_groups(experiment, "data.source", given.data, made, algorithm)
+    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
+    params, frozen = parted(_params(experiment, mesh, given))
+    # adapters that are new say nothing yet
+    new = {"lora"} - (given.params or {}).keys()
+    began = {name: leaf for name, leaf in params.items() if name not in new}
+    asked = _asked(experiment, algorithm, join(began, frozen), mesh)
+    groups = asked(read_groups(experiment, "data.source", given.data, made, algorithm))
     batches = loader(experiment, groups, rows)
     if algorithm.online is not None:
         algorithm = algorithm.online(
@@ -129,19 +137,17 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     held_out: list[Batch] = []
     if given.held_out:
         groups = read_groups(experiment, "evaluation.source", given.held_out, made, algorithm)
+        groups = asked(groups)
         held_out = list(held_out_batches(experiment, groups, rows))
     if given.prompts and decoder_model.places is not None:
         prompts = template.encode_prompts(given.prompts, made)
         sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
-    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
-    params, frozen = parted(_params(experiment, mesh, given))
-    # copies: the loop donates the policy's arrays. Adapters that are new say nothing yet
-    new = {"lora"} - (given.params or {}).keys()
-    began = {name: leaf for name, leaf in params.items() if name not in new}
-    frozen |= {name: jax.tree.map(jnp.copy, began) for name in algorithm.frozen}
+    # copies: the loop donates the policy's arrays
+    kept = () if batches.groups[0].ref_logps else algorithm.frozen
+    frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
     start = None
     if given.prompts and experiment.parent is not None:
-        start = frozen["reference"] if algorithm.frozen else jax.tree.map(jnp.copy, began)
+        start = frozen["reference"] if kept else jax.tree.map(jnp.copy, began)
     return Setup(
         mesh=mesh,
         model=decoder_model,
@@ -154,7 +160,31 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
-        flops_per_token=_flops(shapes, references=len(algorithm.frozen)),
+        flops_per_token=_flops(shapes, references=len(kept)),
+    )
+
+
+def _asked(
+    experiment: Experiment, algorithm: Algorithm, reference: Params, mesh: jax.sharding.Mesh
+) -> Callable[[list[Group]], list[Group]]:
+    """What adds the reference's log-probs to groups, as run.reference says; nothing where they are
+    found in every step."""
+    wanted = experiment.run.reference
+    if wanted == "cached" and not algorithm.cacheable:
+        raise BadInput(
+            f"run.reference=cached: {show(experiment.algorithm)} compares with no fixed reference, "
+            "or with more of it than the log-probs of tokens; take run.reference=live"
+        )
+    beside = wanted == "live" or refcache.fits(reference, reference)
+    if not algorithm.cacheable or (wanted != "cached" and beside):
+        return lambda groups: groups
+    return partial(
+        refcache.filled,
+        model=parts.model(experiment),
+        reference=reference,
+        dtype=experiment.run.dtype,
+        home=epath.Path(rundir.RUNS),
+        mesh=mesh,
     )
 
 

@@ -57,6 +57,7 @@ COSMETIC = (
     "run.mesh",
     "run.microbatches",
     "run.remat",
+    "run.reference",
     "run.save_every",
     "run.eval_every",
     "run.log_every",
@@ -179,6 +180,8 @@ class Run(Value):
     dir: None = runs/<name>-<digest>. dtype: of the computation; parameters are
     float32, or float64 as it (which wants JAX_ENABLE_X64=1).
     remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
+    reference: its log-probs are found in every step (live), or once, before the first (cached), and
+    kept on disk for the runs that follow; auto: live where its weights fit the device.
     keep: checkpoints kept. profile: `100:105` traces the steps from 100 up to 105.
     """
 
@@ -188,6 +191,7 @@ class Run(Value):
     mesh: Mesh = Mesh()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    reference: Literal["auto", "live", "cached"] = "auto"
     microbatches: Count = 1
     save_every: Every = 0
     eval_every: Every = 0

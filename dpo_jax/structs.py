@@ -40,6 +40,7 @@ class Group:
     prompt: int32 ids, never empty. responses: K arrays of int32 ids, best to worst.
     scored: K boolean arrays, the tokens that count inside a response (all where None).
     scores: (K, C) float, named by criteria. record: index of the group in its source.
+    ref_logps: K float arrays, what the reference says of the scored tokens, where it is known.
     """
 
     prompt: np.ndarray
@@ -52,6 +53,7 @@ class Group:
     weight: float = 1.0
     record: int | None = None
     criteria: tuple[str, ...] = ()  # names of C
+    ref_logps: Sequence[np.ndarray] | None = None
 
     @property
     def tokens(self) -> int:
@@ -165,6 +167,7 @@ class Algorithm(NamedTuple):
         value is a sum under the measures, so the parts of a split batch add up.
     frozen: names of the frozen weights it reads; `reference` is the policy at step 0, its adapters
         alone where there are some: join(frozen["reference"], frozen) is what a Model takes.
+    cacheable: a batch that holds ref_logp_RN already wants no reference beside it.
     prepare(groups, row_tokens=None) -> groups: on the host, before they are packed in rows of so
         many tokens; BadInput for data it cannot use.
     coupled: a loss compares groups of a whole step, which microbatches would part.
@@ -182,6 +185,7 @@ class Algorithm(NamedTuple):
     minibatches: int = 1
     fused: bool = False
     frozen: tuple[str, ...] = ()
+    cacheable: bool = False
     prepare: Callable[..., list[Group]] = unchanged
     coupled: bool = False
     online: Callable[[Context], "Algorithm"] | None = None

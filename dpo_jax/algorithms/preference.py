@@ -91,6 +91,7 @@ def preference(
         objective=partial(_objective, plan),
         fused=True,
         frozen=("reference",) if needs.reference and reference is None else (),
+        cacheable=needs.reference and reference is None and not plan.exact,
         prepare=partial(suitable, loss, needs),
         coupled=needs.coupled,
     )
@@ -127,7 +128,8 @@ def _collect(
     if plan.reference is not None:
         moved = plan.reference(state.step, state.params, memory["reference"])
         memory = {**memory, "reference": moved}
-    if needs.reference and (needs.statistics or not plan.exact):
+    known = batch.ref_logp_RN is not None
+    if needs.reference and not known and (needs.statistics or not plan.exact):
         ref_logp_RN = token_logps(model, plan.anchor(frozen, memory), batch)
         batch = replace(batch, ref_logp_RN=ref_logp_RN)
     if needs.statistics:

@@ -184,6 +184,8 @@ def lay_out(groups: Sequence[Group], bins: Bins, shape: Shape, *, record_B: Sequ
     slot_RN.ravel()[at] = (slot_B[parts.part_group] * K + parts.part_k)[part]
     weight_RN.ravel()[at] = weight_B[parts.part_group][part]
 
+    ref_logp_RN = _ref_logps(members, at, shape)
+
     end_RGK = np.full((R, G, K), -1, np.int32)
     answers = np.flatnonzero(parts.part_k >= 0)
     group = parts.part_group[answers]
@@ -206,6 +208,7 @@ def lay_out(groups: Sequence[Group], bins: Bins, shape: Shape, *, record_B: Sequ
         label_RG=_column(members, "label", row_B, slot_B, shape),
         soft_label_RG=_column(members, "soft_label", row_B, slot_B, shape),
         margin_RG=_column(members, "margin", row_B, slot_B, shape),
+        ref_logp_RN=ref_logp_RN,
         criteria=members[0].criteria if members else (),
     )
 
@@ -289,6 +292,22 @@ def _scores(
     for r, g, score in zip(row_B, slot_B, scores, strict=True):
         score_RGKC[r, g, : len(score)] = score
     return score_RGKC
+
+
+def _ref_logps(groups: Sequence[Group], at: np.ndarray, shape: Shape) -> np.ndarray | None:
+    """What the reference said of the scored tokens, 0 elsewhere; None where it was not asked."""
+    known = [logp_N for group in groups for logp_N in group.ref_logps or ()]
+    if not known:
+        return None
+    values = np.concatenate(known)
+    if len(values) != len(at):
+        raise BadInput(
+            f"{len(values)} reference log-probs for {len(at)} scored tokens; give every group "
+            "those of all its responses, or none"
+        )
+    ref_logp_RN = np.zeros((shape.rows, shape.scored), values.dtype)
+    ref_logp_RN.ravel()[at] = values
+    return ref_logp_RN
 
 
 def _group(item: Item, b: int) -> Group:
