@@ -1,6 +1,7 @@
 """A run: what it is made of, where it writes, and what it is worth when it ends."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from dpo_jax.structs import Algorithm, Model, Params, TrainState, join
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run: where it lies, its policy, and its last evaluation."""
+    """A finished run: where it lies, its policy, its last evaluation, and the bytes it held while
+    it trained, by role (`held`)."""
 
     directory: epath.Path
     experiment: Experiment
@@ -25,6 +27,7 @@ class Result:
     params: Params
     tokenizer: Any
     metrics: dict[str, float]
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 def finished(
@@ -36,8 +39,8 @@ def finished(
     """
     home = rundir.place(experiment, directory)
     rundir.check(experiment, home)
-    last = rundir.result(experiment, home)
-    if last is None:
+    stored = rundir.result(experiment, home)
+    if stored is None:
         return None
     rundir.say(f"{home}: finished before, reused")
     return Result(
@@ -46,7 +49,8 @@ def finished(
         parts.model(experiment),
         parts.finished(experiment, home, mesh),
         parts.tokenizer(experiment),
-        last,
+        stored["metrics"],
+        stored.get("bytes", {}),
     )
 
 
@@ -72,6 +76,7 @@ class Member:
         self.checkpoints = Checkpoints(self.home / "checkpoints", keep=options.keep)
         self.params: Params = None
         self.last: dict[str, float] = {}
+        self.held: dict[str, int] = {}
 
     def start(self) -> TrainState:
         """The state before the first step."""
@@ -111,23 +116,44 @@ class Member:
     def seal(self, state: TrainState) -> None:
         """Finish the run with the weights that count."""
         self.checkpoints.wait()
-        trained, experiment = policy(state), self.experiment
-        self.params = join(trained, self.setup.frozen)
+        trained, experiment, setup = policy(state), self.experiment, self.setup
+        self.params = join(trained, setup.frozen)
         own = self.params if experiment.parent is None else trained
-        rundir.seal(self.home, experiment.run.steps, own, self.last)
+        self.held = held(setup.model, state, setup.frozen)
+        said = {"metrics": self.last, "bytes": self.held}
+        rundir.seal(self.home, experiment.run.steps, own, said)
 
     def result(self) -> Result:
         """The finished run."""
         setup = self.setup
-        return Result(
-            self.home, self.experiment, setup.model, self.params, setup.tokenizer, self.last
-        )
+        policy = setup.model, self.params, setup.tokenizer
+        return Result(self.home, self.experiment, *policy, self.last, self.held)
 
 
 def policy(state: TrainState) -> Params:
     """The weights that count: their moving average where optim.ema keeps one."""
     average = optim.averaged(state.opt_state)
     return state.params if average is None else average
+
+
+def held(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, int]:
+    """Bytes of the arrays that a run holds from step to step, on all devices together, copies on
+    several of them counted once.
+
+    policy: the decoder's weights, the frozen base of adapters too. heads: what is trained beside
+    them: a value head or critic, the head of a reward. reference, optimizer; memory: what else is
+    kept, as a moving reference.
+    """
+    own = jax.eval_shape(model.init, jax.random.key(0)).keys()
+    decoder = {name: x for name, x in state.params.items() if name in own}
+    roles = {
+        "policy": (decoder, frozen.get("base", {})),
+        "heads": {name: x for name, x in state.params.items() if name not in own},
+        "reference": frozen.get("reference", {}),
+        "optimizer": state.opt_state,
+        "memory": state.memory,
+    }
+    return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in roles.items()}
 
 
 def start_state(

@@ -130,20 +130,21 @@ def base(experiment: Experiment) -> str | None:
     return str(place(parent)) if isinstance(parent, Experiment) else parent
 
 
-def seal(home: epath.Path, steps: int, params: Params, metrics: dict[str, float]) -> None:
-    """Finish a run: the final weights that no parent has, then result.json."""
+def seal(home: epath.Path, steps: int, params: Params, said: dict[str, Any]) -> None:
+    """Finish a run: the final weights that no parent has, then result.json with what else there is
+    to say."""
     weights = Checkpoints(home / "weights", keep=1)
     weights.save(steps, params)
     weights.wait()
-    write(home / "result.json", json.dumps({"steps": steps, "metrics": metrics}, indent=1) + "\n")
+    write(home / "result.json", json.dumps({"steps": steps, **said}, indent=1) + "\n")
 
 
-def result(experiment: Experiment, home: epath.Path) -> dict[str, float] | None:
-    """The last evaluation of a run that reached run.steps, or None where it did not."""
+def result(experiment: Experiment, home: epath.Path) -> dict[str, Any] | None:
+    """What result.json says of a run that reached run.steps, or None where it did not."""
     if not (home / "result.json").exists():
         return None
     stored = json.loads((home / "result.json").read_text())
-    return stored["metrics"] if stored["steps"] == experiment.run.steps else None
+    return stored if stored["steps"] == experiment.run.steps else None
 
 
 def load_weights(home: epath.Path, shapes: Params, mesh: jax.sharding.Mesh) -> Params:

@@ -15,7 +15,8 @@ from tiny_runs import EXPERIMENT, SFT, rows
 from dpo_jax import frontier
 from dpo_jax.evaluate import Completions, mean_and_error
 from dpo_jax.experiment import Evaluation, override
-from dpo_jax.frontier import Curve, Point, best_of_n, compared, optimal_tilt
+from dpo_jax.frontier import curves
+from dpo_jax.frontier.curves import Curve, Point, best_of_n, compared, gap, optimal_tilt, run_curve
 from dpo_jax.structs import BadInput
 from dpo_jax.train import Result
 
@@ -101,16 +102,31 @@ def test_where_runs_lie_against_best_of_n():
         "beyond the KL of best-of-n at equal KL: far."
     )
     assert compared([low], best).count("best-of-n") == 1
+    assert gap(low, low.points[0], best) == pytest.approx(-0.5)
+    assert gap(far, low.points[0], best) is None
 
 
-def test_member_labels():
-    assert frontier.member_labels(BETAS) == ["beta=0.2", "beta=1.0"]
-    seeds = [override(EXPERIMENT, {"run.seed": seed}) for seed in (0, 1)]
-    assert frontier.member_labels(seeds) == ["seed=0", "seed=1"]
+def test_settings_are_members_but_for_their_seeds():
+    def names(members):
+        return [each.name for each in frontier.settings(members)]
+
+    assert names(BETAS) == ["beta=0.2", "beta=1.0"]
     rates = [override(each, {"optim.learning_rate": 1e-3 * i}) for i, each in enumerate(BETAS, 1)]
-    assert frontier.member_labels(rates) == ["beta=0.2", "beta=1.0"]  # the algorithm's alone
+    assert names(rates) == ["beta=0.2", "beta=1.0"]  # the algorithm's alone
+    rates = [override(EXPERIMENT, {"optim.learning_rate": rate}) for rate in (1e-3, 2e-3)]
+    assert names(rates) == ["learning_rate=0.001", "learning_rate=0.002"]
+    seeds = [override(each, {"run.seed": seed}) for seed in (0, 1) for each in BETAS]
+    other = override(EXPERIMENT, {"name": "other", "optim.learning_rate": 1.0})
+    found = frontier.settings([*seeds, other])
+    assert [each.name for each in found] == ["dpo beta=0.2", "dpo beta=1.0", "other"]
+    assert [each.line for each in found] == ["dpo", "dpo", "other"]
+    assert [len(each.members) for each in found] == [2, 2, 1]
+    assert [found[0].place(epath.Path("x"), 1), found[2].place(epath.Path("x"), 0)] == [
+        "x/dpo,beta=0.2/seed=1",
+        "x/other",
+    ]
     with pytest.raises(BadInput, match="must differ"):
-        frontier.member_labels([EXPERIMENT, EXPERIMENT])
+        frontier.settings([EXPERIMENT, EXPERIMENT])
 
 
 def test_members_that_cannot_be_compared_are_refused_before_any_training(tmp_path, monkeypatch):
@@ -120,7 +136,7 @@ def test_members_that_cannot_be_compared_are_refused_before_any_training(tmp_pat
     blind = [replace(each, evaluation=Evaluation()) for each in BETAS]
     orphans = [replace(x, parent=None, model=SFT.model) for x in BETAS]
     for members, said in (
-        ([one, unlike], "one parent and one evaluation"),
+        ([one, unlike], "one parent and one evaluation of samples"),
         (blind, "evaluation.prompts and evaluation.rewards"),
         (orphans, "runs with a parent"),
     ):
@@ -152,10 +168,17 @@ def test_the_curve_of_a_run_is_read_from_its_metrics(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     result = Result(epath.Path(tmp_path), EXPERIMENT, MODEL, {}, None, {})
-    found = frontier.run_curve(result, "mine", "good")
+    found = run_curve([result], "mine", "good")
     assert found == Curve(
         "mine", (Point(2.0, 0.2, 1.0, 0.1, "step 0"), Point(2.0, 0.2, 1.0, 0.1, "step 4"))
     )
+    # a second seed, 4 and 3 where the first has 2 and 1: errors are half the difference
+    (tmp_path / "other").mkdir()
+    text = text.replace("2.0", "4.0").replace("1.0", "3.0")
+    (tmp_path / "other" / "metrics.jsonl").write_text(text)
+    other = replace(result, directory=epath.Path(tmp_path / "other"))
+    point = Point(3.0, pytest.approx(1.0), 2.0, pytest.approx(1.0), "step 0")
+    assert run_curve([result, other], "both", "good").points[0] == point
 
 
 def test_mean_and_error_by_hand():
@@ -191,8 +214,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_a_whole_frontier(place, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "PROMPTS", 4)
-    monkeypatch.setattr(frontier, "SAMPLES", 32)
+    monkeypatch.setattr(curves, "PROMPTS", 4)
+    monkeypatch.setattr(curves, "SAMPLES", 32)
     figure = frontier.frontier(BETAS, directory="out", name="tiny")
     printed = capsys.readouterr().out
     assert str(figure) == "out/frontier.png"
@@ -216,12 +239,12 @@ def test_a_whole_frontier(place, monkeypatch, capsys):
         assert points[0] == start[0]  # both start from the reference
         assert (row["reward"], row["kl"]) == (points[-1]["reward"], points[-1]["kl"])
         assert row["reward"] == last["eval_samples/judged"]
-        ceiling = record["annotator_accuracy"]
+        ceiling = row["annotator_accuracy"]
         assert row["accuracy"] == last["eval_rewards/accuracies"]
         assert row["gap_closed"] == pytest.approx((row["accuracy"] - 0.5) / (ceiling - 0.5))
         assert row["name"] in printed
     assert record["reward"] == "judged" and "judged" in printed
-    assert record["comparison"] in printed and "figure: out/frontier.png" in printed
+    assert "figure: out/frontier.png" in printed
     assert printed.count("[") >= 8  # four prompts, before and after, with their rewards
 
     frontier.frontier(BETAS, directory="out", name="tiny")
