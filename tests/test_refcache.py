@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from tiny import MODEL, groups
-from tiny_runs import EXPERIMENT, SFT, rows
+from tiny_runs import CLOCK, EXPERIMENT, SFT, rows
 
 import dpo_jax
 from dpo_jax import losses, refcache
@@ -27,6 +27,10 @@ from dpo_jax.structs import BadInput
 PARAMS = MODEL.init(jax.random.key(0))
 MESH = make_mesh(devices=jax.devices()[:1])
 PATH = "algorithm.loss"
+ORDER = (
+    "accuracies",
+    "ties",
+)  # of rewards that are all 0 before the first update, rounding decides
 
 
 def filled(groups, home, params=PARAMS):
@@ -176,7 +180,8 @@ def test_a_run_cannot_tell(place, loss):
     assert digest(live.experiment) == digest(cached.experiment)
     for row, other in zip(rows(f"live{name}"), rows(f"cached{name}"), strict=True):
         assert row.keys() == other.keys()
-        for metric in set(row) - {"tokens_per_second", "mfu"}:
+        unsure = {name for name in row if name.endswith(ORDER)} if row["step"] < 2 else set()
+        for metric in set(row) - {*CLOCK, *unsure}:
             assert other[metric] == pytest.approx(row[metric], rel=2e-4, abs=2e-5), metric
 
 
