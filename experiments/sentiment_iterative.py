@@ -16,13 +16,13 @@ from experiments.sentiment_dpo import PAIRS
 from experiments.sentiment_sft import EXPERIMENT as SFT
 
 
-def after(parent: Experiment, number: int) -> Experiment:
-    """The round of a number: Bradley-Terry labels of the parent's answers to prompts of its own."""
-    prompts = partial(sentiment.prompts, n=1000, seed=10 + number)
+def after(parent: Experiment, name: str, seed: int) -> Experiment:
+    """A round: Bradley-Terry labels of the parent's answers to prompts of its own."""
+    prompts = partial(sentiment.prompts, n=1000, seed=seed)
     pairs = replace(PAIRS, parent=parent, prompts=prompts, temperature=1.0)
     return replace(
         DPO,
-        name=f"sentiment_round_{number}",
+        name=name,
         parent=parent,
         data=replace(DPO.data, source=pairs, groups=64),
         run=Run(steps=60, log_every=10),
@@ -30,6 +30,6 @@ def after(parent: Experiment, number: int) -> Experiment:
     )
 
 
-FIRST = after(SFT, 1)
-SECOND = after(FIRST, 2)
-EXPERIMENT = after(SECOND, 3)
+FIRST = after(SFT, "sentiment_first", seed=11)
+SECOND = after(FIRST, "sentiment_second", seed=12)
+EXPERIMENT = after(SECOND, "sentiment_iterative", seed=13)
