@@ -15,18 +15,20 @@ from experiments.sentiment_dpo import EXPERIMENT as DPO
 from experiments.sentiment_dpo import PAIRS
 from experiments.sentiment_sft import EXPERIMENT as SFT
 
+PROMPTS = partial(sentiment.prompts, n=384, seed=5)
+
 
 def after(parent: Experiment, name: str, seed: int) -> Experiment:
     """A round: Bradley-Terry labels of the parent's answers to prompts of its own."""
-    prompts = partial(sentiment.prompts, n=1000, seed=seed)
+    prompts = partial(sentiment.prompts, n=600, seed=seed)
     pairs = replace(PAIRS, parent=parent, prompts=prompts, temperature=1.0)
     return replace(
         DPO,
         name=name,
         parent=parent,
         data=replace(DPO.data, source=pairs, groups=64),
-        run=Run(steps=60, log_every=10),
-        evaluation=replace(DPO.evaluation, source=None),
+        run=Run(steps=40, log_every=10),
+        evaluation=replace(DPO.evaluation, source=None, prompts=PROMPTS),
     )
 
 

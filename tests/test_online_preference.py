@@ -251,10 +251,9 @@ def test_the_rlhf_optimum_is_approached():
     """Bradley-Terry labels of fresh pairs: DPO's gradient is zero in the mean where beta times the
     difference of log-ratios is that of the rewards, at pi_ref exp(r / beta) / Z, whatever policy
     the pairs are drawn from, if only it draws all of them: that is the optimum of
-    J = E[r] - beta KL. In a hundred steps of 256 responses: (J* - J) / (J* - J(reference))."""
-    steps, world, beta = 100, online.WORLD, 1.0
-    loss = partial(losses.dpo, beta=beta)
-    bound = online.bound(ALL_PAIRS(online.MODEL, loss=loss), step_groups=64)
+    J = E[r] - beta KL. In a hundred steps of 128 responses: (J* - J) / (J* - J(reference))."""
+    steps, world = 100, online.WORLD
+    bound = online.bound(ALL_PAIRS(online.MODEL), step_groups=32)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.01, steps))
     )
@@ -263,15 +262,15 @@ def test_the_rlhf_optimum_is_approached():
     update, measure = jax.jit(make_update(bound, tx)), jax.jit(bound.measure)
     for step in range(steps):
         key = jax.random.fold_in(jax.random.key(0), step)
-        batch, _ = bound.collect(state, online.FROZEN, online.asked(64, step=step), key)
+        batch, _ = bound.collect(state, online.FROZEN, online.asked(32, step=step), key)
         state, _ = update(state, online.FROZEN, measure(replace(batch, shared={})), key)
 
     def value(logp_BK):
-        return float(enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, beta).mean())
+        return float(enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, BETA).mean())
 
-    best, first = value(world.optimal_policy(beta)), value(world.ref_logp_BK)
+    best, first = value(world.optimal_policy(BETA)), value(world.ref_logp_BK)
     gap = (best - value(np.asarray(online.logps(state.params)))) / (best - first)
-    assert 0 <= gap < 0.04
+    assert 0 <= gap < 0.12
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from dpo_jax import cli
 from dpo_jax.algorithms.online import online_dpo
 from dpo_jax.algorithms.policy import grpo
 from dpo_jax.algorithms.ppo import ppo
-from dpo_jax.experiment import Data, Evaluation, Experiment, Mesh, Optim, Run
+from dpo_jax.algorithms.sft import sft
+from dpo_jax.experiment import Data, Evaluation, Experiment, Mesh, Optim, Run, Sampled
 from dpo_jax.structs import BadInput
 from dpo_jax.worlds import annotators, sentiment
 
@@ -151,6 +152,35 @@ def test_runs_that_cannot_be_are_refused_before_anything_is_written(place, chang
     with pytest.raises(BadInput, match=said):
         dpo_jax.run(replace(EXPERIMENT, **change), directory="refused")
     assert not Path("refused").exists()
+
+
+def brief(records, responses):
+    return -words(records, responses)
+
+
+def test_best_of_n_is_imitated(place):
+    """SFT on the best of eight that its parent says: shorter answers where short is best."""
+    best = Sampled(
+        parent=SFT,
+        prompts=partial(sentiment.prompts, n=64, seed=3),
+        rewards=(brief,),
+        annotator=annotators.best,
+        n=8,
+        max_tokens=32,
+    )
+    experiment = replace(
+        EXPERIMENT,
+        name="best",
+        algorithm=sft,
+        data=replace(EXPERIMENT.data, source=best, groups=16, row_tokens=64),
+        run=Run(steps=30, eval_every=30),
+        evaluation=Evaluation(
+            prompts=partial(sentiment.prompts, n=32, seed=5), rewards=(brief,), max_tokens=32
+        ),
+    )
+    result = dpo_jax.run(experiment, directory="best")
+    before, *_, after = [r["eval_samples/brief"] for r in rows("best") if "eval_samples/brief" in r]
+    assert after > before + 1 and result.metrics["eval_samples/brief"] == after
 
 
 def test_options_are_found_by_their_path(place, capsys):
