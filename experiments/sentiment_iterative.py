@@ -1,6 +1,7 @@
 """dpo-jax train experiments/sentiment_iterative.py: three rounds of sampling, judging and DPO.
-Cost: three minutes on 2 CPU cores, beside the SFT run.
-Result: RESULT
+Cost: four and a half minutes on 2 busy CPU cores, beside the SFT run.
+Result: true reward 0.38, 1.24 and 2.67 (+- 0.1) after the rounds, of 1.10, 1.40 and 1.78 nats, 97%
+grammatical; -0.23 +- 0.07 before, on more prompts (commit 9275afb, 2 cores of an AMD EPYC).
 
 A round starts from the one before, which is its reference and answers its prompts, so that KL is
 that of one round. `dpo-jax eval experiments/sentiment_iterative.py:FIRST` prints an earlier one.
