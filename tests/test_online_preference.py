@@ -86,6 +86,7 @@ def said(group: Group) -> tuple:
 def test_rows_and_mesh_change_no_sample_and_no_label(made):
     whole = list(map(said, groups(collected(made)[2])))
     assert len(whole) > 4
+    assert all(len(set(responses)) == len(responses) for (_, *responses), *_ in whole)
     mesh = make_mesh(data=4, fsdp=2)
     for layout in ({"row_tokens": 16}, {"row_tokens": 32, "rows": 8, "mesh": mesh}):
         assert list(map(said, groups(collected(made, **layout)[2]))) == whole
