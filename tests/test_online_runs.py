@@ -131,6 +131,23 @@ def test_runs_that_cannot_be_are_refused_before_anything_is_written(place, chang
     assert not Path("refused").exists()
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_critic_goes_on_from_a_parent_that_is_a_path(place, critic):
+    """Its body, where it has one, and its head; at rate 0 they end as they began."""
+    short = replace(
+        PPO,
+        algorithm=partial(ppo, rewards=(words,), max_tokens=8, critic=critic),
+        run=Run(steps=1),
+        evaluation=Evaluation(),
+    )
+    parent = dpo_jax.run(short, directory=f"{critic}_parent")
+    child = replace(short, parent=str(parent.directory), optim=Optim(learning_rate=0.0))
+    went_on = dpo_jax.run(child, directory=f"{critic}_child")
+    assert relative_error(went_on.params, parent.params) == 0
+    head = parent.params["critic"] if critic == "separate" else parent.params
+    assert abs(head["value_D"]).max() > 0  # a new one says 0
+
+
 def test_options_are_found_by_their_path(place, capsys):
     file = Path("online_run.py")
     file.write_text(
