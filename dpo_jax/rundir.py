@@ -177,7 +177,9 @@ def precision(home: epath.Path) -> str:
 
 
 def write(path: epath.Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; the first process does."""
+    if jax.process_index():
+        return
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text)
     beside.replace(path)
