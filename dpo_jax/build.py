@@ -114,6 +114,8 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     rows = parallel.row_multiple(mesh)
     groups = read_groups(experiment, "data.source", given.data, made, algorithm)
     batches = loader(experiment, groups, rows)
+    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
+    flops = _flops(shapes, algorithm)
     if algorithm.online is not None:
         algorithm = algorithm.online(
             Context(
@@ -133,7 +135,6 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     if given.prompts and decoder_model.places is not None:
         prompts = template.encode_prompts(given.prompts, made)
         sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
-    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
     params, frozen = parted(_params(experiment, mesh, given))
     # copies: the loop donates the policy's arrays. Adapters that are new say nothing yet
     new = {"lora"} - (given.params or {}).keys()
@@ -154,17 +155,20 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
-        flops_per_token=_flops(shapes, references=len(algorithm.frozen)),
+        flops_per_token=flops,
     )
 
 
-def _flops(shapes: Params, references: int) -> float:
-    """Flops a token costs: forward, backward twice as much, but once where weights are frozen, and
-    a forward pass for every reference."""
+def _flops(shapes: Params, algorithm: Algorithm) -> float:
+    """Flops a token costs in the decoder: in every pass forward, and backward twice as much, but
+    once where weights are frozen; once forward for every reference; and where it was sampled in
+    the loop forward to draw it and again for its log-prob."""
     trained, frozen = parted(shapes)
     backward = {2: trained, 1: frozen}
+    once = len(algorithm.frozen) + (0 if algorithm.online is None else 2)
     return sum(
-        flops_per_token(tree, passes=1 + times + references) for times, tree in backward.items()
+        flops_per_token(tree, passes=algorithm.passes * (1 + times) + once)
+        for times, tree in backward.items()
     )
 
 

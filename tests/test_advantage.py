@@ -55,8 +55,8 @@ def test_recorded_gae_of_rlax(vectors, lam):
         np.testing.assert_allclose(found, entry["expected"][b], **entry["tol"])
 
 
-def ours(reward, discount, value, lam, last=None):
-    """Returns under a discount g_t of every step, value_t behind it, from the end backwards:
+def ours(row, lam, last=None):
+    """Of (rewards, discounts, values) returns under a discount g_t of every step, value_t behind it, from the end backwards:
 
         G_t = r_t + g_t ((1 - lam) V_t + lam G_{t+1}),   G_T = r_T + g_T V_T
 
@@ -64,8 +64,7 @@ def ours(reward, discount, value, lam, last=None):
     D V without a discount: `gae` with gamma = 1 and the value of what comes first added. `last`:
     which steps there are, so that the one behind it is bootstrapped.
     """
-    steps = slice(None, last)
-    reward, discount, value = (np.array(x)[steps] for x in (reward, discount, value))
+    reward, discount, value = (np.array(x)[:last] for x in row)
     scale = np.cumprod([1.0, *discount])
     paid, before = scale[:-1] * reward, np.array([0.0, *(scale[1:] * value)[:-1]])
     paid[-1] += scale[-1] * value[-1]
@@ -78,20 +77,21 @@ def test_recorded_returns_of_rlax(vectors):
     entry = vectors["rlax_lambda_returns"]
     names = ("r_t", "discount_t", "v_t")
     rows = zip(*(entry["inputs"][name] for name in names), strict=True)
-    found = [ours(*row, entry["inputs"]["lambda_"]) for row in rows]
+    found = [ours(row, entry["inputs"]["lambda_"]) for row in rows]
     np.testing.assert_allclose(found, entry["expected"], **entry["tol"])
 
     entry = vectors["rlax_discounted_returns"]
     inputs = entry["inputs"]
     for b, bootstrap in enumerate(inputs["bootstrap"]):
-        found = ours(inputs["r_t"][b], inputs["discount_t"][b], [0, 0, 0, 0, bootstrap], 1.0)
+        row = (inputs["r_t"][b], inputs["discount_t"][b], [0, 0, 0, 0, bootstrap])
+        found = ours(row, 1.0)
         np.testing.assert_allclose(found, entry["expected"][b], **entry["tol"])
 
     entry = vectors["rlax_n_step_returns_n3"]
     for b, expected in enumerate(entry["expected"]):
         row = [entry["inputs"][name][b] for name in names]
         tails = [[column[t:] for column in row] for t in range(len(expected))]
-        found = [ours(*tail, 1.0, last=entry["inputs"]["n"])[0] for tail in tails]
+        found = [ours(tail, 1.0, last=entry["inputs"]["n"])[0] for tail in tails]
         np.testing.assert_allclose(found, expected, **entry["tol"])
 
 

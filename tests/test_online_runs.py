@@ -12,7 +12,7 @@ from tiny import relative_error
 from tiny_runs import SFT, rows, timeless, words
 
 import dpo_jax
-from dpo_jax import cli
+from dpo_jax import build, cli, parts
 from dpo_jax.algorithms.policy import grpo
 from dpo_jax.algorithms.ppo import ppo
 from dpo_jax.experiment import Data, Evaluation, Experiment, Mesh, Optim, Run
@@ -129,6 +129,14 @@ def test_runs_that_cannot_be_are_refused_before_anything_is_written(place, chang
     with pytest.raises(BadInput, match=said):
         dpo_jax.run(replace(EXPERIMENT, **change), directory="refused")
     assert not Path("refused").exists()
+
+
+def test_flops_count_passes_and_samples(place):
+    """A token is drawn, its log-prob and the reference's taken, and trained on in two passes."""
+    given = build.materials(EXPERIMENT, dpo_jax.run)
+    setup = build.setup(EXPERIMENT, parts.mesh(EXPERIMENT), given)
+    count = sum(leaf.size for leaf in jax.tree.leaves(setup.params))
+    assert setup.flops_per_token == 2 * count * (1 + 1 + 1 + 2 * 3)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

@@ -49,7 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from dpo_jax import losses
 from dpo_jax.algorithms.on_policy import WEIGHT, token_facts
@@ -192,6 +192,10 @@ def rest(
     return np.where(there_KN, step_BKN, 1).prod(axis=-1)
 
 
+def zero(f: Callable[[float], float], low: float, high: float) -> float:
+    return float(root_scalar(f, bracket=(low, high)).root)
+
+
 def best(Q_V: np.ndarray, ref_V: np.ndarray, alive_V: np.ndarray):
     return np.eye(len(Q_V))[Q_V.argmax()], Q_V.max()
 
@@ -213,7 +217,7 @@ def reverse_and_paid(Q_V: np.ndarray, ref_V: np.ndarray, alive_V: np.ndarray):
 
 def forward(Q_V: np.ndarray, ref_V: np.ndarray, alive_V: np.ndarray):
     top = Q_V.max()
-    lagrangian = brentq(lambda x: np.sum(BETA * ref_V / (x - Q_V)) - 1, top + 1e-9, top + BETA)
+    lagrangian = zero(lambda x: np.sum(BETA * ref_V / (x - Q_V)) - 1, top + 1e-9, top + BETA)
     p_V = BETA * ref_V / (lagrangian - Q_V)
     return p_V, p_V @ Q_V
 
@@ -238,14 +242,14 @@ def survivors(inverse: Callable[[float], float]) -> Choice:
         least = Q_V[alive_V].min()
         if policy(least).sum() > 1:  # where the policy never comes nothing had to settle
             return ref_V, least
-        c = brentq(lambda c: policy(c).sum() - 1, least - 20, least)
+        c = zero(lambda c: policy(c).sum() - 1, least - 20, least)
         return policy(c), c
 
     return choose
 
 
 def k3_inverse(k: float) -> float:
-    return brentq(lambda d: np.expm1(-d) + d - k, 0, k + 1)
+    return zero(lambda d: np.expm1(-d) + d - k, 0, k + 1)
 
 
 IN_LOSS = {
