@@ -56,7 +56,7 @@ def test_recorded_gae_of_rlax(vectors, lam):
 
 
 def ours(row, lam, last=None):
-    """Of (rewards, discounts, values) returns under a discount g_t of every step, value_t behind it, from the end backwards:
+    """Returns of (rewards, discounts, values behind each step), a discount g_t a step:
 
         G_t = r_t + g_t ((1 - lam) V_t + lam G_{t+1}),   G_T = r_T + g_T V_T
 

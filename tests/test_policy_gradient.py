@@ -13,6 +13,8 @@ import pytest
 from tiny import relative_error
 
 from dpo_jax import losses
+from dpo_jax.algorithms.on_policy import token_facts
+from dpo_jax.algorithms.penalty import Penalty
 from dpo_jax.algorithms.policy import grpo, policy_gradient, reinforce, rloo, score_function
 from dpo_jax.algorithms.ppo import ppo
 from dpo_jax.data.packing import pack
@@ -119,6 +121,60 @@ def divergences(params, other):
     return jnp.sum(jnp.exp(p) * (p - q), -1), jnp.sum(jnp.exp(q) * (q - p), -1)
 
 
+def by_token(x_RGK, batch):
+    """A value of every response at each of its tokens, x_RN."""
+    assert batch.end_RGK.shape[1] == 1
+    x_RN = jnp.take_along_axis(x_RGK[:, 0], jnp.maximum(batch.slot_RN, 0), axis=1)
+    return np.where(batch.slot_RN >= 0, x_RN, 0)
+
+
+def met(params):
+    """All responses, each as often as the policy says it."""
+    batch = listed_batch()
+    logp_RN = naive_token_logps(online.MODEL, params, batch)
+    ref_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
+    weight_RN = by_token(jnp.exp(per_response(logp_RN, batch)), batch)
+    return replace(batch, weight_RN=weight_RN, ref_logp_RN=np.asarray(ref_RN))
+
+
+def pulled(params, batch, kl, kl_in) -> np.ndarray:
+    """The gradient of an objective with this KL."""
+    algorithm = policy_gradient(
+        online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in=kl_in, loss=score_function
+    )
+    gradient = jax.grad(algorithm.objective, has_aux=True)
+    return flat(gradient(params, online.FROZEN, {}, batch, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("kl", "alone", "with_loss"),
+    [
+        (losses.kl_k1, True, True),
+        (losses.kl_k2, False, False),
+        (losses.kl_k3, False, True),
+        (losses.kl_abs, False, False),
+        (losses.kl_exact, False, True),
+    ],
+)
+def test_what_a_kl_in_the_reward_pulls_to(kl, alone, with_loss):
+    """Its gradient, every response listed, is that of KL(policy, reference) for k1 and no other;
+    of an unbiased estimate it is once that of the loss is added, which is what it lacks."""
+    params = online.away()
+    batch, penalty = met(params), Penalty(1.0, kl, "reward")
+    found = token_facts(online.MODEL, params, online.FROZEN, batch, temperature=1.0)
+    price_RGK = per_response(penalty.tokens(found, found.ref_logp_RN), batch)
+    charged = replace(batch, advantage_RN=-by_token(price_RGK, batch))
+    reward, loss = pulled(params, charged, kl, "reward"), pulled(params, batch, kl, "loss")
+    ref_BK = jnp.float32(online.WORLD.ref_logp_BK)
+    wanted = flat(jax.grad(lambda x: jnp.sum(enumerable.kl(online.logps(x), ref_BK)))(params))
+
+    def off(gradient: np.ndarray) -> float:
+        return float(np.linalg.norm(gradient - wanted) / np.linalg.norm(wanted))
+
+    for gradient, right in ((reward, alone), (reward + loss, with_loss)):
+        assert off(gradient) < 1e-3 if right else off(gradient) > 0.1
+
+
 @pytest.mark.parametrize(
     ("kl", "pull"),
     [
@@ -132,20 +188,8 @@ def test_what_a_kl_in_the_loss_pulls_to(kl, pull):
     """Its gradient, every response listed, is that of a KL at every token that the policy meets,
     however it came there: KL(policy, reference) for k2 and exact, the other way round for k3,
     none for k1."""
-    params, batch = online.away(), listed_batch()
-    logp_RN = naive_token_logps(online.MODEL, params, batch)
-    met_RGK = jnp.exp(per_response(logp_RN, batch))  # the probability of each response
-    K = met_RGK.shape[-1]
-    assert batch.end_RGK.shape[1] == 1
-    met_RN = jnp.take_along_axis(met_RGK[:, 0], jnp.maximum(batch.slot_RN % K, 0), axis=1)
-    weight_RN = np.where(batch.slot_RN >= 0, met_RN, 0)
-    ref_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
-    batch = replace(batch, weight_RN=weight_RN, ref_logp_RN=np.asarray(ref_RN))
-    algorithm = policy_gradient(
-        online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in="loss", loss=score_function
-    )
-    gradient = jax.grad(algorithm.objective, has_aux=True)
-    found = flat(gradient(params, online.FROZEN, {}, batch, None)[0])
+    params, batch = online.away(), met(online.away())
+    found, weight_RN = pulled(params, batch, kl, "loss"), batch.weight_RN
     if pull is None:
         np.testing.assert_allclose(found, 0, atol=1e-5)
         return
