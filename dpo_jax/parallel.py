@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.structs import BadInput, Batch
@@ -89,6 +90,17 @@ def shard_batch(mesh: jax.sharding.Mesh, batch: Batch) -> Batch:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(place, batch, shardings(mesh, batch))
+
+
+def on_host(tree: Any) -> Any:
+    """A tree of arrays in numpy, each whole though several processes hold it; all of them call."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

@@ -12,7 +12,7 @@ from tiny import relative_error
 from tiny_runs import SFT, rows, timeless, words
 
 import dpo_jax
-from dpo_jax import cli
+from dpo_jax import build, cli, parts
 from dpo_jax.algorithms.online import online_dpo
 from dpo_jax.algorithms.policy import grpo
 from dpo_jax.algorithms.ppo import ppo
@@ -181,6 +181,31 @@ def test_best_of_n_is_imitated(place):
     result = dpo_jax.run(experiment, directory="best")
     before, *_, after = [r["eval_samples/brief"] for r in rows("best") if "eval_samples/brief" in r]
     assert after > before + 1 and result.metrics["eval_samples/brief"] == after
+
+
+def test_flops_count_passes_and_samples(place):
+    """A token is drawn, its log-prob and the reference's taken, and trained on in two passes."""
+    given = build.materials(EXPERIMENT, dpo_jax.run)
+    setup = build.setup(EXPERIMENT, parts.mesh(EXPERIMENT), given)
+    count = sum(leaf.size for leaf in jax.tree.leaves(setup.params))
+    assert setup.flops_per_token == 2 * count * (1 + 1 + 1 + 2 * 3)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_critic_goes_on_from_a_parent_that_is_a_path(place, critic):
+    """Its body, where it has one, and its head; at rate 0 they end as they began."""
+    short = replace(
+        PPO,
+        algorithm=partial(ppo, rewards=(words,), max_tokens=8, critic=critic),
+        run=Run(steps=1),
+        evaluation=Evaluation(),
+    )
+    parent = dpo_jax.run(short, directory=f"{critic}_parent")
+    child = replace(short, parent=str(parent.directory), optim=Optim(learning_rate=0.0))
+    went_on = dpo_jax.run(child, directory=f"{critic}_child")
+    assert relative_error(went_on.params, parent.params) == 0
+    head = parent.params["critic"] if critic == "separate" else parent.params
+    assert abs(head["value_D"]).max() > 0  # a new one says 0
 
 
 def test_options_are_found_by_their_path(place, capsys):

@@ -23,7 +23,7 @@ from dpo_jax.algorithms.preference import Loss, Reference, Score, preference
 from dpo_jax.algorithms.rollout import Draw, Reward, Rollout, Rows, Sampler, prompts_alone, summary
 from dpo_jax.logprobs import ROUNDED, TokenStatistics, per_response
 from dpo_jax.losses.needs import Needs, name_of
-from dpo_jax.parallel import shard_batch
+from dpo_jax.parallel import on_host, shard_batch
 from dpo_jax.structs import (
     Algorithm,
     BadInput,
@@ -185,9 +185,9 @@ def _collect(
     host, _ = rows(groups)
     done, memory = complete(state, frozen, shard_batch(mesh, host), key)
     moving = {name: memory[name] for name in ("reference",) if name in memory}
-    found = facts(state.params, {**frozen, **moving}, rollout.batch)
+    found = on_host(facts(state.params, {**frozen, **moving}, shard_batch(mesh, rollout.batch)))
     values = summary(rollout) | _metrics(plan, rollout, found) | {"frac_unlabelled": unlabelled}
-    ref_logp_RN, shared = jax.device_get((done.ref_logp_RN, done.shared))
+    ref_logp_RN, shared = on_host((done.ref_logp_RN, done.shared))
     shared |= {name: np.float32(value) for name, value in values.items()}
     return shard_batch(mesh, replace(host, ref_logp_RN=ref_logp_RN, shared=shared)), memory
 

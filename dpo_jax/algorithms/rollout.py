@@ -18,7 +18,6 @@ from dpo_jax.data.packing import Bins, Shape, arrangements, lay_out, plan
 from dpo_jax.data.template import response_end
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.losses.needs import name_of
-from dpo_jax.parallel import shard_batch
 from dpo_jax.sampling import Samples, sample
 from dpo_jax.structs import Array, BadInput, Batch, Context, Group, Model, Params
 
@@ -72,7 +71,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Responses in rows. batch: on the mesh. response_RN: b*K + k of every scored token, -1 =
+    """Responses in rows, on the host. response_RN: b*K + k of every scored token, -1 =
     unused; place_RN: how many tokens of its response stand before it."""
 
     batch: Batch
@@ -227,7 +226,7 @@ class Sampler:
         flat = [ids[ids != self.eos] for ids_K in drawn.responses for ids in ids_K]
         texts = self.context.tokenizer.batch_decode(flat)
         return Rollout(
-            batch=shard_batch(self.context.mesh, host),
+            batch=host,
             response_RN=response_RN,
             place_RN=np.where(response_RN >= 0, position_RN + 1 - behind_RN, 0),
             scores=self._scores(groups, texts, drawn.finished),
