@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from tiny import CONFIG, MODEL, groups, relative_error
 
-from dpo_jax import logprobs, losses
+from dpo_jax import head, losses
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import (
@@ -30,7 +30,7 @@ STATE = TrainState(jnp.int32(0), PARAMS, None, {}, jnp.int32(0))
 
 def small_chunks(monkeypatch, batch, tokens: int):
     """Let the head hold `tokens` columns of scored tokens at a time."""
-    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", tokens * batch.tokens_RT.shape[0] * CONFIG.V)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", tokens * batch.tokens_RT.shape[0] * CONFIG.V)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 10_000])
