@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, groups, relative_error
+from tiny import CONFIG, equations, groups, relative_error
 
 from dpo_jax import head, parallel
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import TokenStatistics, naive_token_statistics, token_logps, token_statistics
 from dpo_jax.models.lora import Lora
-from dpo_jax.models.transformer import Config, decoder
+from dpo_jax.models.transformer import decoder
 from dpo_jax.structs import Model
 
 BATCH = pack(groups(9, seed=3), row_tokens=32, rows=4)
@@ -85,7 +85,7 @@ def test_all_statistics_equal_those_of_the_full_logits(monkeypatch, kind, tokens
             assert x_RN is not None and x_RN.dtype == jnp.promote_types(dtype, jnp.float32)
             np.testing.assert_allclose(x_RN, getattr(expected, name), atol=near, rtol=near)
         assert relative_error(gradient, naive) < slope
-    assert float(jnp.max(expected.kl_RN)) > 0.1
+        assert float(jnp.max(expected.kl_RN)) > 0.1
     assert (np.asarray(found.logp_RN)[BATCH.slot_RN < 0] == 0).all()
 
 
@@ -214,7 +214,7 @@ def temporaries(program) -> int:
 def test_temporaries_do_not_grow_with_the_vocabulary(monkeypatch, everything):
     """Eight times the vocabulary: besides the walk's sum of the gradient of the table, which has
     the size of the table, and its next term, less than the logits of one chunk more."""
-    many = pack(groups(64, seed=5), row_tokens=128, rows=4)
+    many = pack(groups(64, seed=5), row_tokens=192, rows=4)
     options = {"policy_kl": True, "entropy": True, "aligned": True} if everything else {}
     at_once = 2**14
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
@@ -222,37 +222,29 @@ def test_temporaries_do_not_grow_with_the_vocabulary(monkeypatch, everything):
     for V in (512, 4096):
         model = decoder(replace(CONFIG, V=V, tied=False))
         found[V] = temporaries(compiled(model, many, reference=everything, **options))
-    tables = 2 * 4 * CONFIG.D * (4096 - 512)
-    assert found[4096] - found[512] < tables + 4 * at_once
-    logits = 4 * many.target_RN.size * 4096
-    assert found[4096] < logits / 2
+    more = 4096 - 512
+    allowed = 2 * 4 * CONFIG.D * more + 4 * at_once
+    assert found[4096] - found[512] < allowed < 4 * many.target_RN.size * more / 8
 
 
 def test_frozen_weights_cost_nothing_in_the_backward_pass():
     """With adapters: logits, logits once more, and the product that goes on to the body."""
-    config = replace(CONFIG, V=64, tied=False)
+    config = replace(CONFIG, V=67, tied=False)
     adapted = decoder(config, lora=Lora(rank=2))
     whole = jax.eval_shape(adapted.init, jax.random.key(0))
 
-    def total(lora, base):
-        return jnp.sum(jnp.sin(token_logps(adapted, {"base": base, "lora": lora}, BATCH)))
+    def total(params, base, model):
+        params = {"base": base, "lora": params} if base else params
+        return jnp.sum(jnp.sin(token_logps(model, params, BATCH)))
 
-    frozen = jax.jit(jax.grad(total)).lower(whole["lora"], whole["base"]).compile()
-    assert products(frozen.as_text(), config.V) == 3
-    assert products(compiled(decoder(config), BATCH).as_text(), config.V) == 4
+    def products(params, base, model) -> int:
+        jaxpr = jax.make_jaxpr(jax.grad(partial(total, model=model)))(params, base).jaxpr
+        dots = [x for x in equations(jaxpr) if x.primitive.name == "dot_general"]
+        kinds = [[v.aval.shape for v in (*dot.invars, *dot.outvars)] for dot in dots]
+        return sum(any(config.V in shape for shape in shapes) for shapes in kinds)
 
-
-def products(text: str, V: int) -> int:
-    """Matrix products of a program that read or make something with an axis of the vocabulary."""
-    lines = [line for line in text.splitlines() if re.search(r" = \S+ dot\(", line)]
-    kinds = dict(re.findall(r"(%[\w.\-]+) = \w+\[([\d,]*)\]", text))
-    kinds |= dict(re.findall(r"([\w.\-]+): \w+\[([\d,]*)\]", text))
-    count = 0
-    for line in lines:
-        name = re.search(r"(%[\w.\-]+) = ", line).group(1)
-        read = re.findall(r"%[\w.\-]+", line.split("dot(")[1].split(")")[0])
-        count += any(str(V) in kinds.get(each, "").split(",") for each in (name, *read))
-    return count
+    assert products(whole["lora"], whole["base"], adapted) == 3
+    assert products(whole["base"], None, decoder(config)) == 4
 
 
 # Meshes
