@@ -135,13 +135,12 @@ def statistics(
 def _forward(plan: _Plan, given: _Operands) -> tuple[Statistics, _Kept]:
     def walked(whole: _Operands, rows: _Operands) -> tuple[Statistics, _Kept]:
         def one(carry: None, part: tuple[_Operands, None]):
-            part, _ = part
-            z_CV = _logits(plan.logits, whole.leaves, part.hidden_RND, whole.temperature)
-            if plan.ref_logits is None:
-                return carry, _said(plan.wanted, part.target_RN, z_CV, None)
-            read, hidden_CD = whole.ref_leaves, part.ref_hidden_RND
-            r_CV = _logits(plan.ref_logits, read, hidden_CD, whole.temperature)
-            return carry, _said(plan.wanted, part.target_RN, z_CV, r_CV)
+            tokens, r_CV = part[0], None
+            z_CV = _logits(plan.logits, whole.leaves, tokens.hidden_RND, whole.temperature)
+            if plan.ref_logits is not None:
+                read, hidden_CD = whole.ref_leaves, tokens.ref_hidden_RND
+                r_CV = _logits(plan.ref_logits, read, hidden_CD, whole.temperature)
+            return carry, _said(plan.wanted, tokens.target_RN, z_CV, r_CV)
 
         return _walk(one, plan.vocabulary, None, rows, None)[1]
 
@@ -169,7 +168,7 @@ def _backward(plan: _Plan, residuals: Any, slope: Statistics) -> tuple[Any, ...]
         def one(summed: list[Any], part: Any):
             (tokens, kept), slope = part
             r_CV = None
-            if compared:
+            if compared and plan.ref_logits is not None:
                 read, hidden_CD = given.ref_leaves, tokens.ref_hidden_RND
                 r_CV = _logits(plan.ref_logits, read, hidden_CD, given.temperature)
 

@@ -52,7 +52,7 @@ class Timing(NamedTuple):
     cpu_B: np.ndarray  # seconds of this process, which others on the machine stretch less
     compile_s: float
     temporaries: int  # bytes that the largest program holds beside its arguments
-    shapes: int
+    programs: int
 
 
 def read_pairs(path: str) -> list[Group]:
@@ -137,7 +137,8 @@ def record(loader: Loader, found: Timing) -> dict[str, Any]:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "temporaries_mb": found.temporaries / 2**20,
         "steps": len(found.wall_B) - counted.start,
-        "programs": f"{found.shapes}, {len(loader.ladder)} of them before the clock",
+        "programs": found.programs,
+        "programs_at_start": len(loader.ladder),
         "rows": loader.describe(),
         "load": round(os.getloadavg()[0], 1),
         "hardware": hardware(),
