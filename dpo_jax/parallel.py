@@ -127,7 +127,8 @@ def over_rows(f: Callable[..., Any], whole: Any, *rows: Any, sums: bool = False)
     """
     count = jax.tree.leaves(rows)[0].shape[0]
     mesh = jax.sharding.get_abstract_mesh()
-    if shards("R", count) == 1 or any(mesh._name_to_type[n] != AxisType.Auto for n in RULES["R"]):
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if shards("R", count) == 1 or any(kinds[name] != AxisType.Auto for name in RULES["R"]):
         return f(whole, *rows)
 
     def own(whole: Any, *rows: Any) -> Any:

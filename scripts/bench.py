@@ -5,9 +5,9 @@
 DIR: folders of Hugging Face. FILE: a pair of token ids a line, under prompt, chosen and rejected,
 taken in the order of the file. float32, beta 0.1, AdamW at 1e-5, the reference computed in the
 step. The clock runs over what the training loop does in a step: the batch is packed on the host,
-sent to the device, the update dispatched, and the loss of the step before it read. All shapes are
-compiled before; the first two steps are not counted. Tokens are those of both sequences, the
-prompt counted twice.
+sent to the device, the update dispatched, and the loss of the step before it read. The shapes are
+those of a run of 1000 steps, all compiled before; the first two steps are not counted. Tokens are
+those of both sequences, the prompt counted twice.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from dpo_jax.structs import BadInput, Batch, Group, TrainState
 from dpo_jax.train import make_update
 
 WARM = 2  # steps before the clock counts
+PLANNED = 1000  # steps of the run whose shapes are compiled: a short one would have fewer
 
 
 class InOrder(Loader):
@@ -139,7 +140,8 @@ def record(loader: Loader, found: Timing) -> dict[str, Any]:
         "steps": len(found.wall_B) - counted.start,
         "programs": found.programs,
         "programs_at_start": len(loader.ladder),
-        "rows": loader.describe(),
+        "rows": [f"{shape.rows}x{shape.tokens}" for shape in loader.ladder],
+        "fill": loader.fill,
         "load": round(os.getloadavg()[0], 1),
         "hardware": hardware(),
         "commit": commit(),
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, metavar="FILE.jsonl")
     parser.add_argument("--batch", type=int, default=8, metavar="PAIRS", help="of a step")
     parser.add_argument("--steps", type=int, help="by default the file once")
-    parser.add_argument("--row-tokens", type=int, help="by default those of the longest pair")
+    parser.add_argument("--row-tokens", type=int, help="by default twice the longest pair")
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
     try:
@@ -191,9 +193,9 @@ def main() -> None:
         loader = InOrder(
             groups,
             step_groups=given.batch,
-            row_tokens=given.row_tokens or max((group.tokens for group in groups), default=1),
+            row_tokens=given.row_tokens or 2 * max((group.tokens for group in groups), default=1),
             seed=0,
-            steps=given.steps or max(1, len(groups) // max(given.batch, 1)),
+            steps=PLANNED,
             rows_multiple=jax.device_count(),
         )
         steps = given.steps or max(1, len(groups) // given.batch)

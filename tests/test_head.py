@@ -67,8 +67,7 @@ def both(model: Model, params, reference, batch=BATCH, **options):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [3, 1000])
+@pytest.mark.parametrize("kind, tokens", [*((kind, 3) for kind in KINDS), ("untied", 1000)])
 def test_all_statistics_equal_those_of_the_full_logits(monkeypatch, kind, tokens):
     config, dtype, near, slope = KINDS[kind]
     chunks_of(monkeypatch, tokens, config.V)
@@ -179,9 +178,8 @@ def test_any_unembedding_will_do(monkeypatch, wrap):
     )
     params, reference = drawn(1), drawn(2)
     (found, gradient), _ = both(model, params, reference)
-    banned = decoder(CONFIG)  # the same with a finite ban: the naive form has no infinite logits
+    # the same with a finite ban: the naive form cannot do with infinite logits
     finite = model._replace(unembed=lambda p, h: jnp.maximum(odd(p, h), 100.0))
-    assert banned is not None
     expected, naive = both(finite, params, reference)[1]
     for name, x_RN in found._asdict().items():
         if x_RN is not None:
@@ -248,7 +246,7 @@ def test_frozen_weights_cost_nothing_in_the_backward_pass():
 # Meshes
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_meshes_change_nothing(monkeypatch, shape):
     config = replace(CONFIG, V=24)
     many = pack(groups(16, seed=3), row_tokens=32, rows=8)
