@@ -57,8 +57,8 @@ def test_the_record_of_a_run(folder):
     assert found["loss_first"] == pytest.approx(float(expected), abs=1e-6)
     assert found["step_s"] > 0 and found["compile_s"] > 0 and found["peak_rss_mb"] > 0
     tokens = [sum(len(p.prompt) + p.tokens for p in PAIRS[i : i + 2]) for i in (4, 6)]
-    rate = found["tokens_per_second"] * found["step_s"]
-    assert 0.5 * min(tokens) < rate < 2 * max(tokens)
+    # of two steps the mean of the rates is no less than the least count by the mean of the times
+    assert found["tokens_per_second"] * found["step_s"] > 0.999 * min(tokens)
     assert found["programs"] == found["programs_at_start"]  # none was compiled in between
     assert {"hardware", "commit"} <= found.keys() and "tokens_per_second" in done.stdout
 
