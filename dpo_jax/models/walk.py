@@ -232,7 +232,7 @@ def _scores(
     key_r1W = (y * W + jnp.arange(W))[None, None, :]
     until_r1W = _cut(arrays.until_RT, PLACES, row, y * W, r, W)[:, None, :]
     visible = (key_r1W <= query_rQ1) & (query_rQ1 < until_r1W)
-    if arrays.position_RT is not None:
+    if arrays.position_RT is not None and arrays.window is not None:
         query = _cut(arrays.position_RT, PLACES, row, x * Q, r, Q)[:, :, None]
         key = _cut(arrays.position_RT, PLACES, row, y * W, r, W)[:, None, :]
         visible &= query - key < arrays.window
@@ -267,14 +267,14 @@ def _cut(x: jax.Array, axis: int, row: Any, place: Any, rows: int, places: int) 
     """`places` places of `rows` rows from a row and a place on."""
     start, size = [0] * x.ndim, list(x.shape)
     start[0], start[axis], size[0], size[axis] = row, place, rows, places
-    return jax.lax.dynamic_slice(x, start, size)
+    return jax.lax.dynamic_slice(x, [jnp.int32(each) for each in start], size)
 
 
 def _put(x: jax.Array, piece: jax.Array, axis: int, row: Any, place: Any) -> jax.Array:
     """x with a piece written where `_cut` would read it."""
     start = [0] * x.ndim
     start[0], start[axis] = row, place
-    return jax.lax.dynamic_update_slice(x, piece, start)
+    return jax.lax.dynamic_update_slice(x, piece, [jnp.int32(each) for each in start])
 
 
 def _everywhere(function: Callable[[Any], Any], arrays: Any) -> Any:
