@@ -47,9 +47,15 @@ def drawn(R: int, T: int, H: int, J: int, E: int, dtype="float32") -> list[jax.A
     return [jnp.asarray(rng.normal(size=(R, T, heads, E)), dtype) for heads in (H, J, J, H)]
 
 
-def value_and_slopes(way, q, k, v, slope, *args, **options):
-    out, back = jax.vjp(lambda q, k, v: way(q, k, v, *args, **options), q, k, v)
-    return out, *back(slope)
+def value_and_slopes(way, *arrays, **options) -> tuple[jax.Array, ...]:
+    """What comes out and the slopes of q, k and v; arrays: q, k, v, slope, until."""
+
+    @jax.jit
+    def both(q, k, v, slope, until_RT):
+        out, back = jax.vjp(lambda q, k, v: way(q, k, v, until_RT, **options), q, k, v)
+        return out, *back(slope)
+
+    return both(*arrays)
 
 
 def live_by_force(until_RT: np.ndarray, Q: int, W: int) -> np.ndarray:
@@ -106,8 +112,8 @@ def test_the_walk_is_dense_attention_in_value_and_gradient(case):
     options = options | {"positions": (position_RT, position_RT)}
     arrays = (*drawn(3, T, H, J, 8), until_RT)
     plan = schedule.schedule(until_RT, blocks)
-    found = jax.jit(partial(value_and_slopes, walk.walk, plan=plan, **options))(*arrays)
-    expected = jax.jit(partial(value_and_slopes, attention.dense, **options))(*arrays)
+    found = value_and_slopes(walk.walk, *arrays, plan=plan, **options)
+    expected = value_and_slopes(attention.dense, *arrays, **options)
     assert relative_error(found, expected) < 2e-6
 
 
@@ -240,7 +246,8 @@ def test_members_of_a_vmap_are_more_rows():
     compiled = jax.jit(jax.vmap(one)).lower(q, k, v, slope, until_MRT).compile()
     text = str(compiled.as_text())
     assert " gather(" not in text and " scatter(" not in text
-    each = [one(q[m], k[m], v[m], slope[m], until_MRT[m]) for m in range(M)]
+    alone = jax.jit(one)
+    each = [alone(q[m], k[m], v[m], slope[m], until_MRT[m]) for m in range(M)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     assert relative_error(compiled(q, k, v, slope, until_MRT), stacked) < 1e-6
 

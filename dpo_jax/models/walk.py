@@ -91,10 +91,10 @@ def walk(
         x_RTHE = jnp.pad(x_RTHE, ((0, 0), (0, places - T), (0, 0), (0, 0)))
         return jnp.moveaxis(x_RTHE.reshape(R, places, *heads, E), 1, -2)
 
-    position_RT = None
+    position_RT = near = None
     if window is not None and positions is not None:
-        window = jnp.asarray(window, jnp.int32)
         position_RT = jnp.pad(positions[0], ((0, 0), (0, places - T)))
+        near = jnp.asarray(window, jnp.int32)
     arrays = Inputs(
         laid(q_RTHE, J, H // J),
         laid(k_RTJE, J),
@@ -103,7 +103,7 @@ def walk(
         plan.count_RX,
         filled(until_RT, places),
         position_RT,
-        window,
+        near,
     )
     rule = Rule(plan.blocks, E**-0.5 if scale is None else scale, softcap)
     out_RTJME = jnp.moveaxis(_walked(rule, arrays), -2, 1)
