@@ -2,18 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import parallel, parts, rundir, sampling
+from dpo_jax import learned, parallel, parts, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
-from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
+from dpo_jax.experiment import Data, Experiment, Reward, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token
 from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, parted
@@ -24,12 +24,13 @@ HELD_OUT_GROUPS = 128  # groups of one evaluation batch
 
 @dataclass(frozen=True, eq=False)
 class Materials:
-    """What an experiment starts from: its parent's weights and its records."""
+    """What an experiment starts from: its parent's weights, its records, its reward models."""
 
     params: Params | None  # None = drawn from run.seed; {"base"} of a run with lora
     data: Records
     held_out: Records
     prompts: Records
+    rewards: learned.Rewards = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +62,14 @@ class Setup:
     loader: Loader
     held_out: list[Batch]
     prompts: Records
+    rewards: tuple[Reward, ...]  # of the samples, reward models loaded
     flops_per_token: float
 
 
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
-    """Parent and records; `run` trains what is missing among parents and sampled data."""
+    """Parent, records and reward models; `run` trains what is missing among them."""
     wanted = experiment.evaluation
+    learned.check(experiment)
     roles = {
         "data.source": experiment.data.source,
         "evaluation.source": wanted.source,
@@ -82,6 +85,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
         data=found["data.source"],
         held_out=found["evaluation.source"],
         prompts=found["evaluation.prompts"],
+        rewards=learned.rewards(experiment, run),
     )
 
 
@@ -105,6 +109,7 @@ def _parents(experiment: Experiment, run: Callable[..., Any]) -> Params | None:
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
     """Model, weights, algorithm and batches, on the mesh."""
+    experiment = learned.plugged(experiment, given.rewards)
     decoder_model = parts.model(experiment)
 
     def bind(numbers: dict[str, Any]) -> Algorithm:
@@ -154,6 +159,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
+        rewards=experiment.evaluation.rewards,
         flops_per_token=_flops(shapes, references=len(algorithm.frozen)),
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dpo_jax import agreement, build, evaluate, losses, parts, rundir, train
+from dpo_jax import agreement, build, evaluate, learned, losses, parts, rundir, train
 from dpo_jax import export as exporting
 from dpo_jax import score as scoring
 from dpo_jax.algorithms.preference import preference
@@ -130,7 +130,8 @@ def sample(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
             raise BadInput("--chat and --text are for prompts from the terminal or a pipe")
         role = "evaluation.prompts"
         asked = build.read_records(role, wanted.prompts, train.run, whole.data)
-        _print(result, wanted, asked, wanted.rewards)
+        known = learned.rewards(wanted.rewards, train.run)
+        _print(result, wanted, asked, learned.plugged(wanted.rewards, known))
         return
     chat = arguments.chat or (not arguments.text and _converses(result, model))
     if sys.stdin.isatty():

@@ -1,5 +1,6 @@
 """What a policy is worth: held-out loss and accuracy, sampled reward and exact-per-token KL."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -86,6 +87,9 @@ def held_out(
     for part in _parts(whole, len(batches)):
         metrics = jax.device_get(value(numbers, state, frozen, shard_batch(mesh, part), key))
         total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
+    if "rewards/square" in total:  # of a reward model; a deviation is no sum of its parts
+        variance = total["rewards/square"] - total["rewards/mean"] ** 2
+        total["rewards/std"] = math.sqrt(max(variance, 0.0))
     return total
 
 

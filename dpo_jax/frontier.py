@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import build, rundir
+from dpo_jax import build, learned, rundir
 from dpo_jax.data.layouts import plain
 from dpo_jax.evaluate import completions, mean_and_error
 from dpo_jax.experiment import Experiment, code_digest, distinctions
@@ -137,6 +137,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
     if parent is None:
         raise BadInput("a frontier wants a parent experiment: its samples are the comparison")
     prompts = build.read_records("evaluation.prompts", wanted.prompts, run, member.data)[:PROMPTS]
+    truth = learned.plugged(wanted.rewards[:1], learned.rewards(wanted.rewards[:1], run))
     scores = []
     for start in progress(range(0, len(prompts), AT_ONCE), "sample the reference"):
         drawn = completions(
@@ -145,7 +146,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
             {},
             prompts[start : start + AT_ONCE],
             parent.tokenizer,
-            rewards=wanted.rewards[:1],
+            rewards=truth,
             key=jax.random.fold_in(jax.random.key(member.run.seed), start),
             **dict(wanted.drawing, n=SAMPLES),
         )

@@ -99,7 +99,7 @@ class Member:
                 {**setup.frozen, **start},
                 setup.prompts,
                 setup.tokenizer,
-                rewards=wanted.rewards,
+                rewards=setup.rewards,
                 mesh=setup.mesh,
                 key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
                 **wanted.drawing,

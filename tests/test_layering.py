@@ -34,6 +34,7 @@ LAYERS = (
     {"experiment", "evaluate"},
     {"rundir", "smoke"},
     {"parts"},
+    {"learned"},
     {"labelling"},
     {"build"},
     {"member"},

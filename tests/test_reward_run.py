@@ -50,7 +50,7 @@ def test_a_run_learns_and_says_so(trained):
     assert [row["step"] for row in lines] == [0, 3, 6]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.1
     assert trained.metrics["eval_rewards/accuracies"] > lines[0]["eval_rewards/accuracies"]
-    names = "accuracies chosen margins mean rejected square ties".split()
+    names = "accuracies chosen margins mean rejected square std ties".split()
     assert {name for name in trained.metrics if "/" in name} == {
         *(f"eval_rewards/{name}" for name in names),
         "eval_criteria/words/margins",
