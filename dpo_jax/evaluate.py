@@ -87,10 +87,21 @@ def held_out(
     for part in _parts(whole, len(batches)):
         metrics = jax.device_get(value(numbers, state, frozen, shard_batch(mesh, part), key))
         total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
-    if "rewards/square" in total:  # of a reward model; a deviation is no sum of its parts
+    return total | _derived(total)
+
+
+def _derived(total: dict[str, float]) -> dict[str, float]:
+    """What is no mean over groups but made of such: of a reward model, the standard deviation of
+    its rewards and, within prompts, their correlation with every criterion (0 without variance)."""
+    found: dict[str, float] = {}
+    if "rewards/square" in total:
         variance = total["rewards/square"] - total["rewards/mean"] ** 2
-        total["rewards/std"] = math.sqrt(max(variance, 0.0))
-    return total
+        found["rewards/std"] = math.sqrt(max(variance, 0.0))
+    for name in [name for name in total if name.endswith("/covariance")]:
+        stem = name.removesuffix("/covariance")
+        spread = math.sqrt(total["rewards/variance"] * total[f"{stem}/variance"])
+        found[f"{stem}/correlation"] = total[name] / spread if spread else 0.0
+    return found
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

@@ -128,7 +128,7 @@ def scores(
         data = replace(data, layout=None, arrange=None)
     if row_tokens is not None:
         data = replace(data, row_tokens=row_tokens)
-    name = str(source)
+    name = source if isinstance(source, str) else "evaluation.source"
     records = build.read_records(name, source, train.run, data)
     experiment = replace(judge.run.experiment, data=data)
     algorithm = experiment.algorithm(judge.run.model)._replace(prepare=unchanged)

@@ -2,11 +2,12 @@
 
 import functools
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from dpo_jax.worlds import grammar, sentiment
+from dpo_jax.worlds import annotators, grammar, sentiment
 
 N = 20_000
 
@@ -286,6 +287,28 @@ def test_completions_follow_the_conditional_law():
     for name, words in adjectives.items():
         count = sum(text.split()[0] in words for text in drawn)
         assert abs(count - n * p[name]) < 4.5 * math.sqrt(n * p[name] * (1 - p[name]))
+
+
+@pytest.mark.parametrize(
+    ("annotator", "responses", "size"),
+    [(annotators.bradley_terry, 2, 2), (annotators.plackett_luce, 4, 4)],
+)
+def test_judged_completions_are_in_order_as_often_as_bradley_terry_says(annotator, responses, size):
+    """Of every pair of a ranking too; to four standard errors over prompts."""
+    records = sentiment.judged(n=1500, seed=4, annotator=annotator, responses=responses)
+    assert [r["prompt"] for r in records] == [
+        r["prompt"] for r in sentiment.prompts(n=1500, seed=4)
+    ]
+    score_BK = np.array([record["scores"]["reward"] for record in records])
+    assert score_BK.shape == (1500, size)
+    for record, score_K in zip(records[:50], score_BK, strict=False):
+        np.testing.assert_array_equal(
+            sentiment.reward([record] * size, record["responses"]), score_K
+        )
+    gap_BP = np.stack([score_BK[:, i] - score_BK[:, j] for i, j in combinations(range(size), 2)], 1)
+    # that a pair of distance d came out in order has probability sigmoid(|d|)
+    miss_B = ((gap_BP > 0) + 0.5 * (gap_BP == 0) - 1 / (1 + np.exp(-np.abs(gap_BP)))).mean(axis=1)
+    assert abs(miss_B.mean()) < 4 * miss_B.std() / np.sqrt(1500)
 
 
 def test_completions_of_what_begins_no_review():

@@ -4,12 +4,12 @@ The language (`grammar.py`) is known exactly, so samples of a model can be judge
 `reward` reads the sentiment off the text, `grammatical` says whether the text is a review at all,
 `log_probability` is the true log-probability with the hidden mood summed out.
 
-`reviews` and `prompts` are data sources, e.g. `functools.partial(reviews, n=60_000, seed=0)`.
+`reviews`, `prompts` and `judged` are data sources, e.g. `partial(reviews, n=60_000, seed=0)`.
 """
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "completions",
     "entropy",
     "grammatical",
+    "judged",
     "legal",
     "log_probability",
     "prompts",
@@ -129,6 +130,28 @@ def log_probability(texts: Sequence[str], *, complete: bool = True) -> np.ndarra
     """
     _, logp_BM = _walk([text.split() for text in texts], complete=complete)
     return np.logaddexp.reduce(logp_BM, axis=1)
+
+
+def judged(
+    *, n: int, seed: int, annotator: Callable[..., Any], responses: int = 4
+) -> list[dict[str, Any]]:
+    """What an annotator says of completions of n prompts, those of `prompts(n=n, seed=seed)`.
+
+    One record a label, best to worst, with the true scores beside them. annotator: (score_K1, rng)
+    -> labels of two responses or more, as in `annotators`.
+    """
+    records, rng = prompts(n=n, seed=seed), np.random.default_rng(seed)
+    texts = completions(records, n=responses, seed=seed)
+    flat = [text for several in texts for text in several]
+    repeated = [record for record in records for _ in range(responses)]
+    score_BK = reward(repeated, flat).reshape(n, responses)
+    found = []
+    for record, several, score_K in zip(records, texts, score_BK, strict=True):
+        for label in annotator(score_K[:, None], rng):
+            ranked = [several[k] for k in label.order]
+            scores = {"reward": score_K[list(label.order)].tolist()}
+            found.append({**record, "responses": ranked, "scores": scores})
+    return found
 
 
 def entropy(*, n: int = 20_000, seed: int = 0) -> tuple[float, float]:
