@@ -122,7 +122,8 @@ def reliability(gap_B: np.ndarray) -> list[Bin]:
         here_B = bin_B == i
         share = interval(int((gap_B[here_B] > 0).sum()), int(here_B.sum()))
         mean = float(confidence_B[here_B].mean())
-        found.append(Bin(*edges[i : i + 2].tolist(), int(here_B.sum()), mean, **share))
+        floor, ceiling = edges[i : i + 2].tolist()
+        found.append(Bin(floor, ceiling, int(here_B.sum()), mean, **share))
     return found
 
 

@@ -73,7 +73,8 @@ def test_the_evaluation_is_that_of_the_scores(trained):
         mean.append(float(np.mean(score_K)))
         square.append(float(np.mean(score_K**2)))
         found.append(score_K - mean[-1])
-        true.append(group.scores[:, 0] - group.scores[:, 0].mean())
+        said_K = np.asarray(group.scores)[:, 0]
+        true.append(said_K - said_K.mean())
     metrics = trained.metrics
     assert metrics["eval_rewards/accuracies"] == pytest.approx(np.mean(right), abs=1e-6)
     assert metrics["eval_rewards/mean"] == pytest.approx(np.mean(mean), abs=1e-5)

@@ -311,6 +311,32 @@ def test_judged_completions_are_in_order_as_often_as_bradley_terry_says(annotato
     assert abs(miss_B.mean()) < 4 * miss_B.std() / np.sqrt(1500)
 
 
+def test_broken_completions_have_another_word():
+    """One in a third of them, which mostly ends the review; the labels go by what is written."""
+    options = {"n": 300, "seed": 4, "annotator": annotators.noiseless, "responses": 2}
+    whole, broken = sentiment.judged(**options), sentiment.judged(**options, broken=1 / 3)
+    assert all(sentiment.legal([r] * 2, r["responses"]).all() for r in whole)
+    changed = 0
+    for before, after in zip(whole, broken, strict=True):
+        gone = {*before["responses"]} - {*after["responses"]}
+        for old in gone:
+            words = old.split()
+            others = [new.split() for new in after["responses"]]
+            differing = [
+                sum(a != b for a, b in zip(words, new, strict=True))
+                for new in others
+                if len(new) == len(words)
+            ]
+            assert min(differing) == 1
+        changed += len(gone)
+        assert after["scores"]["reward"][0] >= after["scores"]["reward"][1]
+        true = sentiment.reward([after] * 2, after["responses"])
+        np.testing.assert_array_equal(true, after["scores"]["reward"])
+    assert abs(changed - 200) < 4 * np.sqrt(600 * 2 / 9)
+    legal = np.concatenate([sentiment.legal([r] * 2, r["responses"]) for r in broken])
+    assert (1 - legal).sum() > 0.7 * changed
+
+
 def test_completions_of_what_begins_no_review():
     with pytest.raises(ValueError, match="no review begins with 'plot the'"):
         sentiment.completions([{"prompt": "the plot"}, {"prompt": "plot the"}], n=1, seed=0)
