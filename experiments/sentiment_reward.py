@@ -11,10 +11,8 @@ from dpo_jax.experiment import Data, Evaluation, Experiment, Optim, Run
 from dpo_jax.worlds import annotators, sentiment
 from experiments.sentiment_sft import EXPERIMENT as SFT
 
-# a ranking of four completions a prompt; broken ones lose
-RANKED = partial(
-    sentiment.judged, n=48_000, seed=3, annotator=annotators.plackett_luce, broken=0.15
-)
+# a ranking of four completions of the language a prompt
+RANKED = partial(sentiment.judged, n=48_000, seed=3, annotator=annotators.plackett_luce)
 EXPERIMENT = Experiment(
     name="sentiment_reward",
     parent=SFT,
@@ -26,6 +24,6 @@ EXPERIMENT = Experiment(
         schedule=optim.cosine,
         warmup=50,
     ),
-    run=Run(steps=2200, eval_every=200, log_every=20),
+    run=Run(steps=2500, eval_every=500, log_every=20),
     evaluation=Evaluation(source=partial(RANKED, n=1000, seed=4)),
 )
