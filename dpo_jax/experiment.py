@@ -31,6 +31,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "Experiment",
+    "Learned",
     "Lora",
     "Mesh",
     "Optim",
@@ -91,6 +92,33 @@ class Value:
         return hash(_text(self))
 
 
+def _check_names(owner: str, rewards: tuple[Reward, ...]) -> None:
+    names = [getattr(reward, "__name__", None) for reward in rewards]
+    if None in names or len(set(names)) < len(names):
+        what = f"{owner}.rewards={show(rewards)}: give functions"
+        raise BadInput(f"{what}, each with a name of its own (def, not partial)")
+
+
+@dataclass(frozen=True, eq=False)
+class Learned(Value):
+    """A reward model as a reward, wherever a function (records, responses) -> score_B may stand.
+
+    parent: the run of `algorithms.reward`, trained when missing, or its path. normalised: less the
+    mean of its held-out rewards, over their standard deviation. Its name is that of the run.
+    """
+
+    parent: Annotated["Experiment | str", {"parent": True}]
+    normalised: bool = True
+
+    @property
+    def __name__(self) -> str:
+        return parent_name(self.parent)
+
+    def __call__(self, records: Any, responses: Any) -> Any:
+        what = f"Learned {self.__name__} scores nothing by itself"
+        raise BadInput(f"{what}: a run loads the model, as learned.rewards does")
+
+
 @dataclass(frozen=True, eq=False)
 class Sampled(Value):
     """Data made when missing: n responses of the parent to every prompt, labelled.
@@ -111,12 +139,9 @@ class Sampled(Value):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [getattr(reward, "__name__", None) for reward in self.rewards]
-        if not names or None in names or len(set(names)) < len(names):
-            raise BadInput(
-                f"Sampled.rewards={show(self.rewards)}: give one or more functions, each with a "
-                "name of its own (def, not partial)"
-            )
+        _check_names("Sampled", self.rewards)
+        if not self.rewards:
+            raise BadInput("Sampled.rewards=(): give one or more functions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +254,7 @@ class Evaluation(Value):
         super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise BadInput(f"evaluation.top_p={self.top_p}: it must be above 0 and at most 1")
+        _check_names("evaluation", self.rewards)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -288,6 +314,11 @@ class Sweep(Value):
     members: tuple[Experiment, ...]
     x: str = "eval_samples/kl"
     y: str = "eval_samples/reward"
+
+
+def parent_name(parent: Experiment | str) -> str:
+    """What a parent is called: the name of the run, or the last part of a path."""
+    return parent.name if isinstance(parent, Experiment) else parent.rstrip("/").split("/")[-1]
 
 
 def each(
