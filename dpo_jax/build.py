@@ -148,9 +148,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         groups = read_groups(experiment, "evaluation.source", given.held_out, made, algorithm)
         groups = asked(groups)
         held_out = list(held_out_batches(experiment, groups, rows))
-    if given.prompts and decoder_model.places is not None:
-        prompts = template.encode_prompts(given.prompts, made)
-        sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
+    _check_prompts(experiment, decoder_model, given.prompts, made)
     # copies: the loop donates the policy's arrays
     frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
     start = None
@@ -172,6 +170,13 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         judges=judges,
         flops_per_token=flops,
     )
+
+
+def _check_prompts(experiment: Experiment, model: Model, found: Records, made: Any) -> None:
+    """BadInput where a model with few positions cannot answer the prompts of the evaluation."""
+    if found and model.places is not None:
+        prompts = template.encode_prompts(found, made)
+        sampling.check_places(model, prompts, experiment.evaluation.max_tokens)
 
 
 def _asked(

@@ -53,18 +53,8 @@ __all__ = [
 ]
 
 # What changes no parameter of a finished run, and so no digest.
-COSMETIC = (
-    "run.dir",
-    "run.mesh",
-    "run.microbatches",
-    "run.remat",
-    "run.reference",
-    "run.save_every",
-    "run.eval_every",
-    "run.log_every",
-    "run.keep",
-    "run.profile",
-)
+NAMED = "dir mesh microbatches remat reference save_every eval_every log_every keep profile"
+COSMETIC = tuple(f"run.{name}" for name in NAMED.split())
 
 # Types of fields; what the additions mean stands at the head of override.py.
 Count = Annotated[int, {"least": 1}]
@@ -115,8 +105,7 @@ class Learned(Value):
         return parent_name(self.parent)
 
     def __call__(self, records: Any, responses: Any) -> Any:
-        what = f"Learned {self.__name__} scores nothing by itself"
-        raise BadInput(f"{what}: a run loads the model, as learned.rewards does")
+        raise BadInput(f"Learned {self.__name__} scores nothing by itself: a run loads the model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +194,9 @@ class Run(Value):
     dir: None = runs/<name>-<digest>. dtype: of the computation; parameters are
     float32, or float64 as it (which wants JAX_ENABLE_X64=1).
     remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
-    reference: its log-probs are found in every step (live), or once, before the first (cached), and
-    kept on disk for the runs that follow; auto: live where its weights fit the device.
-    keep: checkpoints kept. profile: `100:105` traces the steps from 100 up to 105.
+    reference: its log-probs are found in every step (live), or once, on disk (cached); auto:
+    live where its weights fit the device. keep: checkpoints kept. profile: `100:105` traces the
+    steps from 100 up to 105.
     """
 
     steps: Count
