@@ -69,7 +69,7 @@ class Timing(NamedTuple):
     cpu_B: np.ndarray  # seconds of this process, which others on the machine stretch less
     reference_s: float
     compile_s: float
-    arguments: int  # bytes of the largest program's arguments: weights, moments, a batch
+    arrays: int  # bytes of all arrays between steps: weights, moments, a reference, a batch
     temporaries: int  # bytes that the largest program holds beside its arguments
     programs: int
 
@@ -163,11 +163,11 @@ def timed(
             values = now
             marks.append((time.perf_counter(), time.process_time()))
         loss_B.append(float(now["loss"]))
+        arrays = sum(array.nbytes for array in jax.live_arrays())
     wall_B, cpu_B = np.diff(np.array(marks), axis=0).T
     held = [each for program in programs.values() if (each := program.memory_analysis())]
-    arguments = max((each.argument_size_in_bytes for each in held), default=0)
     temporaries = max((each.temp_size_in_bytes for each in held), default=0)
-    memory = (arguments, temporaries)
+    memory = (arrays, temporaries)
     return Timing(loader, loss_B, wall_B, cpu_B, reference_s, compile_s, *memory, len(programs))
 
 
@@ -187,7 +187,7 @@ def record(found: Timing, cached: bool) -> dict[str, Any]:
         "reference_s": found.reference_s,
         "compile_s": found.compile_s,
         "peak_rss_mb": peak_mb(),
-        "arguments_mb": found.arguments / 2**20,
+        "arrays_mb": found.arrays / 2**20,
         "temporaries_mb": found.temporaries / 2**20,
         "steps": len(found.wall_B) - counted.start,
         "programs": found.programs,

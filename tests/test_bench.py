@@ -64,7 +64,7 @@ def test_the_record_of_a_run(folder):
 
 
 def test_a_cached_reference_is_not_in_the_step(folder):
-    """The same losses; the step's arguments are smaller by the weights of the reference."""
+    """The same losses; what lies in memory between steps is less by the reference's weights."""
     found = {}
     for name, flags in {"live": (), "cached": ("--cached-reference",)}.items():
         done = bench(folder, "pairs.jsonl", *flags)
@@ -75,8 +75,8 @@ def test_a_cached_reference_is_not_in_the_step(folder):
     for loss in ("loss_first", "loss_last"):
         assert cached[loss] == pytest.approx(live[loss], abs=1e-6)
     weights = sum(x.nbytes for x in jax.tree.leaves(MODEL.init(jax.random.key(0)))) / 2**20
-    # a batch of 64 places carries their log-probs instead
-    assert live["arguments_mb"] - cached["arguments_mb"] == pytest.approx(weights, rel=0.1)
+    # a batch of 64 places carry their log-probs instead
+    assert live["arrays_mb"] - cached["arrays_mb"] == pytest.approx(weights, rel=0.1)
     assert cached["reference_s"] > 0 and live["reference_s"] == 0
 
 
