@@ -1,13 +1,15 @@
 """How long a DPO step takes, everything inside the clock.
 
-    python scripts/bench.py --policy DIR --reference DIR --pairs FILE.jsonl [--batch 8] [--json OUT]
+    python scripts/bench.py --policy DIR --reference DIR --pairs FILE.jsonl [--batch 8]
+        [--cached-reference] [--json OUT]
 
 DIR: folders of Hugging Face. FILE: a pair of token ids a line, under prompt, chosen and rejected,
 taken in the order of the file. float32, beta 0.1, AdamW at 1e-5, the reference computed in the
-step. The clock runs over what the training loop does in a step: the batch is packed on the host,
-sent to the device, the update dispatched, and the loss of the step before it read. The shapes are
-those of a run of 1000 steps, all compiled before; the first two steps are not counted. Tokens are
-those of both sequences, the prompt counted twice.
+step; with --cached-reference its log-probs are found before the clock and written to a temporary
+folder, and the step holds no reference. The clock runs over what the training loop does in a step:
+the batch is packed on the host, sent to the device, the update dispatched, and the loss of the step
+before it read. The shapes are those of a run of 1000 steps, all compiled before; the first two
+steps are not counted. Tokens are those of both sequences, the prompt counted twice.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +28,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from dpo_jax import losses, optim, parallel
+from dpo_jax import losses, optim, parallel, refcache
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.loader import Loader
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.models import hf
-from dpo_jax.structs import BadInput, Batch, Group, TrainState
+from dpo_jax.structs import BadInput, Batch, Group, Model, Params, TrainState
 from dpo_jax.train import make_update
 
 WARM = 2  # steps before the clock counts
@@ -45,52 +50,93 @@ class InOrder(Loader):
         return places % len(self.groups)
 
 
+class Work(NamedTuple):
+    """What is trained: the policy, what stands still beside it, and the pairs."""
+
+    model: Model
+    params: Params
+    frozen: dict[str, Params]
+    groups: list[Group]
+    reference_s: float  # seconds in which the reference was asked; 0 where the step asks it
+
+
 class Timing(NamedTuple):
     """What a run of steps says."""
 
+    loader: Loader
     loss_B: list[float]
     wall_B: np.ndarray  # seconds of every step
     cpu_B: np.ndarray  # seconds of this process, which others on the machine stretch less
+    reference_s: float
     compile_s: float
+    arrays: int  # bytes of all arrays between steps: weights, moments, a reference, a batch
     temporaries: int  # bytes that the largest program holds beside its arguments
     programs: int
 
 
-def read_pairs(path: str) -> list[Group]:
-    """The pairs of a file as groups. Raises BadInput by file and line."""
-    groups = []
+def read_ids(option: str, path: str, names: Sequence[str]) -> list[list[np.ndarray]]:
+    """Of every line of a file the token ids under `names`. Raises BadInput by file and line."""
+    rows = []
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
-        raise BadInput(f"--pairs {path}: {error.strerror}; give a JSON Lines file") from None
+        raise BadInput(f"{option} {path}: {error.strerror}; give a JSON Lines file") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            ids = [np.asarray(row[name], np.int32) for name in ("prompt", "chosen", "rejected")]
+            rows.append([np.asarray(row[name], np.int32) for name in names])
+            if any(ids.ndim != 1 for ids in rows[-1]):
+                raise TypeError("not a flat list")
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(
-                f"--pairs {path} line {number}: {error!r}; a line holds lists of token ids under "
-                "prompt, chosen and rejected"
+                f"{option} {path} line {number}: {error!r}; a line holds lists of token ids under "
+                + ", ".join(names)
             ) from None
-        groups.append(Group(ids[0], ids[1:]))
-    return groups
+    if not rows:
+        raise BadInput(f"{option} {path}: no lines; give token ids under {', '.join(names)}")
+    return rows
 
 
-def timed(policy: str, reference: str, loader: Loader, steps: int) -> Timing:
+def prepared(
+    policy: str, reference: str, groups: list[Group], mesh: jax.sharding.Mesh, cached: bool
+) -> Work:
+    """Both models from their folders; where the reference is cached, its log-probs alone."""
+    model, params, config = hf.load(policy, sharding=mesh)
+    _, anchor, other = hf.load(reference, sharding=mesh)
+    if other.V != config.V:
+        raise BadInput(f"--reference {reference}: {other.V} tokens, the policy has {config.V}")
+    if not cached:
+        return Work(model, params, {"reference": anchor}, groups, 0.0)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as home:
+        groups = refcache.filled(
+            groups,
+            model=model,
+            reference=anchor,
+            dtype="float32",
+            home=epath.Path(home),
+            mesh=mesh,
+        )
+    return Work(model, params, {}, groups, time.perf_counter() - start)
+
+
+def timed(
+    prepare: Callable[[jax.sharding.Mesh], Work],
+    loader_of: Callable[[list[Group]], Loader],
+    steps: int,
+) -> Timing:
     """Train for so many steps, on a mesh of all devices."""
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
-        model, params, config = hf.load(policy, sharding=mesh)
-        _, anchor, other = hf.load(reference, sharding=mesh)
-        if other.V != config.V:
-            raise BadInput(f"--reference {reference}: {other.V} tokens, the policy has {config.V}")
+        model, params, frozen, groups, reference_s = prepare(mesh)
+        loader = loader_of(groups)
         algorithm = preference(model, loss=partial(losses.dpo, beta=0.1))
         tx = optim.adamw(1e-5)
         key = jax.random.key(0)
         params, memory = algorithm.init(key, params, {})
         state = TrainState(jnp.int32(0), params, jax.jit(tx.init)(params), memory, jnp.int32(0))
         places = parallel.shardings(mesh, state)
-        state, frozen = jax.device_put(state, places), {"reference": anchor}
+        state = jax.device_put(state, places)
         update = jax.jit(
             make_update(algorithm, tx),
             donate_argnums=0,
@@ -117,14 +163,17 @@ def timed(policy: str, reference: str, loader: Loader, steps: int) -> Timing:
             values = now
             marks.append((time.perf_counter(), time.process_time()))
         loss_B.append(float(now["loss"]))
+        arrays = sum(array.nbytes for array in jax.live_arrays())
     wall_B, cpu_B = np.diff(np.array(marks), axis=0).T
-    held = [program.memory_analysis() for program in programs.values()]
-    temporaries = max((each.temp_size_in_bytes for each in held if each), default=0)
-    return Timing(loss_B, wall_B, cpu_B, compile_s, temporaries, len(programs))
+    held = [each for program in programs.values() if (each := program.memory_analysis())]
+    temporaries = max((each.temp_size_in_bytes for each in held), default=0)
+    memory = (arrays, temporaries)
+    return Timing(loader, loss_B, wall_B, cpu_B, reference_s, compile_s, *memory, len(programs))
 
 
-def record(loader: Loader, found: Timing) -> dict[str, Any]:
+def record(found: Timing, cached: bool) -> dict[str, Any]:
     """The keys of the JSON file."""
+    loader = found.loader
     counted = slice(min(WARM, len(found.wall_B) - 1), None)
     pairs = [[loader.groups[b] for b in loader.indices(i)] for i in range(len(found.wall_B))]
     token_B = np.array([sum(g.tokens + len(g.prompt) for g in groups) for groups in pairs])
@@ -134,8 +183,11 @@ def record(loader: Loader, found: Timing) -> dict[str, Any]:
         "step_s": float(np.median(found.wall_B[counted])),
         "step_cpu_s": float(np.median(found.cpu_B[counted])),
         "tokens_per_second": float(np.median((token_B / found.wall_B)[counted])),
+        "reference": "cached" if cached else "live",
+        "reference_s": found.reference_s,
         "compile_s": found.compile_s,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_mb(),
+        "arrays_mb": found.arrays / 2**20,
         "temporaries_mb": found.temporaries / 2**20,
         "steps": len(found.wall_B) - counted.start,
         "programs": found.programs,
@@ -146,6 +198,11 @@ def record(loader: Loader, found: Timing) -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit(),
     }
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def hardware() -> str:
@@ -184,22 +241,28 @@ def main() -> None:
     parser.add_argument("--reference", required=True, metavar="DIR")
     parser.add_argument("--pairs", required=True, metavar="FILE.jsonl")
     parser.add_argument("--batch", type=int, default=8, metavar="PAIRS", help="of a step")
+    parser.add_argument(
+        "--cached-reference", action="store_true", help="its log-probs are found before the clock"
+    )
     parser.add_argument("--steps", type=int, help="by default the file once")
     parser.add_argument("--row-tokens", type=int, help="by default twice the longest pair")
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
     try:
-        groups = read_pairs(given.pairs)
-        loader = InOrder(
-            groups,
+        rows = read_ids("--pairs", given.pairs, ("prompt", "chosen", "rejected"))
+        groups = [Group(prompt, responses) for prompt, *responses in rows]
+        loader_of = partial(
+            InOrder,
             step_groups=given.batch,
-            row_tokens=given.row_tokens or 2 * max((group.tokens for group in groups), default=1),
+            row_tokens=given.row_tokens or 2 * max(group.tokens for group in groups),
             seed=0,
             steps=PLANNED,
             rows_multiple=jax.device_count(),
         )
         steps = given.steps or max(1, len(groups) // given.batch)
-        found = record(loader, timed(given.policy, given.reference, loader, steps))
+        cached = given.cached_reference
+        prepare = partial(prepared, given.policy, given.reference, groups, cached=cached)
+        found = record(timed(prepare, loader_of, steps), cached)
     except BadInput as error:
         print(f"bench.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -33,12 +33,12 @@ def folder(tmp_path_factory) -> Path:
     return home
 
 
-def bench(folder: Path, pairs: str) -> subprocess.CompletedProcess[str]:
+def bench(folder: Path, pairs: str, *flags: str) -> subprocess.CompletedProcess[str]:
     options = {"--policy": "policy", "--reference": "reference", "--pairs": pairs}
     options |= {"--batch": "2", "--json": "out.json"}
     words = [word for option in options.items() for word in option]
     return subprocess.run(
-        [sys.executable, SCRIPT, *words], cwd=folder, capture_output=True, text=True
+        [sys.executable, SCRIPT, *words, *flags], cwd=folder, capture_output=True, text=True
     )
 
 
@@ -63,12 +63,30 @@ def test_the_record_of_a_run(folder):
     assert {"hardware", "commit"} <= found.keys() and "tokens_per_second" in done.stdout
 
 
+def test_a_cached_reference_is_not_in_the_step(folder):
+    """The same losses; what lies in memory between steps is less by the reference's weights."""
+    found = {}
+    for name, flags in {"live": (), "cached": ("--cached-reference",)}.items():
+        done = bench(folder, "pairs.jsonl", *flags)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((folder / "out.json").read_text())
+        assert found[name]["reference"] == name
+    live, cached = found["live"], found["cached"]
+    for loss in ("loss_first", "loss_last"):
+        assert cached[loss] == pytest.approx(live[loss], abs=1e-6)
+    weights = sum(x.nbytes for x in jax.tree.leaves(MODEL.init(jax.random.key(0)))) / 2**20
+    # a batch of 64 places carry their log-probs instead
+    assert live["arrays_mb"] - cached["arrays_mb"] == pytest.approx(weights, rel=0.1)
+    assert cached["reference_s"] > 0 and live["reference_s"] == 0
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
         ('{"prompt": [1], "chosen": [2]}', "pairs line 1: KeyError('rejected')"),
         ("\n[1", "line 1"),
-        ("", "no groups"),
+        ('{"prompt": [1], "chosen": [2], "rejected": 3}', "pairs line 1"),
+        ("", "no lines"),
     ],
 )
 def test_pairs_that_cannot_be_used(folder, text, said):
