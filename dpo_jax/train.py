@@ -21,7 +21,7 @@ from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
-from dpo_jax.models.attention import attention
+from dpo_jax.models import attention
 from dpo_jax.parallel import abstract, shard_batch, shardings
 from dpo_jax.structs import Algorithm, Batch, Group, Metrics, Params, TrainState
 
@@ -108,12 +108,13 @@ def loop(members: Sequence[Member], stepper: Callable[..., Any]) -> None:
     at most. Raises SystemExit after SIGTERM or SIGINT, with checkpoints saved.
     """
     first, options = members[0], members[0].experiment.run
+    attends = attention.in_use(options.dtype)
     states, start = _restored(members)
     rehearse(first.setup, states[0])
     steps = stepper(members, states)
     for member in members:
         member.claim()
-    _announce(members, start)
+    _announce(members, start, attends)
     with ExitStack() as open_files, interruptible() as signalled:
         writers = [open_files.enter_context(_writer(member, members, start)) for member in members]
         if start == options.steps:  # it was broken between its last checkpoint and the seal
@@ -157,7 +158,7 @@ def _restored(members: Sequence[Member]) -> tuple[list[TrainState], int]:
     ], start
 
 
-def _announce(members: Sequence[Member], start: int) -> None:
+def _announce(members: Sequence[Member], start: int, attends: str) -> None:
     home, setup = members[0].home, members[0].setup
     if len(members) > 1:
         rundir.say(f"{home} and {len(members) - 1} more train together")
@@ -166,7 +167,7 @@ def _announce(members: Sequence[Member], start: int) -> None:
     _, source = metrics.peak_flops()
     rundir.say(f"{home}: {setup.loader.describe()}")
     backend = jax.default_backend()
-    rundir.say(f"{home}: attention {attention.__name__} on {backend}; peak {source}")
+    rundir.say(f"{home}: attention {attends} on {backend}; peak {source}")
 
 
 def _writer(member: Member, members: Sequence[Member], start: int) -> metrics.Writer:

@@ -3,12 +3,23 @@
 Where a layer has a window, the positions must be near as well: position[q] - position[k] < window.
 Places are not positions: of two responses behind one prompt, the second stands further away in the
 row and is as near.
+
+`attention` is what the decoder calls for whole rows. `dense` holds every score: it is the slow
+obvious version that the tests and `self_test` compare with, and it reads the cache of sampling,
+where one token a row asks.
 """
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-NEVER = -1e30  # finite, so that a row of it stays finite
+from dpo_jax.models.schedule import sizes
+from dpo_jax.models.walk import NEVER, walk
+from dpo_jax.structs import precise
 
 
 def visible(
@@ -64,4 +75,63 @@ def dense(
     return jnp.einsum("rjhts,rsje->rtjhe", weight, v_RSJE).reshape(R, T, H, E)
 
 
-attention = dense
+attention = walk
+
+
+def in_use(dtype: str) -> str:
+    """The name of what `attention` is on this backend, on accelerators after the self-test.
+
+    On a CPU the test suite is the self-test: every start would take half a second more, and seconds
+    where nothing is compiled yet. dtype: of the computation. Raises: RuntimeError.
+    """
+    if jax.default_backend() != "cpu":
+        self_test(dtype)
+    return attention.__name__
+
+
+@lru_cache(maxsize=8)
+def self_test(dtype: str) -> None:
+    """Compares `attention` with `dense` on this backend, in value and gradient, on packed rows of
+    several blocks, plain and with a window and a soft cap. Raises: RuntimeError where they differ.
+    """
+    backend = jax.default_backend()
+    # accelerators round what products read, to bfloat16 or nearly
+    close = 1e-4 if backend == "cpu" and dtype != "bfloat16" else 3e-2
+    worst = max(jax.device_get(_differences(dtype)))
+    if not worst < close:
+        raise RuntimeError(
+            f"attention {attention.__name__} on {backend} in {dtype} is off the dense reference by "
+            f"{worst:.1e} of its norm, {close:.0e} is allowed: jax {jax.__version__} computes it "
+            "wrongly here. Another version of jax, or of its plugin or driver, may do better"
+        )
+
+
+def _differences(dtype: str) -> list[jax.Array]:
+    """Norms of what differs, of the value and of three gradients, over the norms of `dense`."""
+    R, H, J, E = 2, 4, 2, 16
+    T = 2 * sizes().block + 40
+    # groups of a prompt of 20 and responses of 25 and the rest, cut off at the end of the row
+    group_R1 = np.array([[60], [77]])
+    at_RT = np.arange(T)[None, :] % group_R1
+    first_RT = (at_RT >= 20) & (at_RT < 45)
+    until_RT = np.arange(T)[None, :] - at_RT + np.where(first_RT, 45, group_R1)
+    until_RT = np.minimum(until_RT, T)
+    position_RT = np.where(at_RT < 45, at_RT, at_RT - 25)
+
+    @jax.jit
+    def compared(until_RT: jax.Array, position_RT: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = ((R, T, heads, E) for heads in (H, J, J, H))
+        q, k, v, slope = map(partial(jax.random.normal, dtype=dtype), keys, shapes)
+
+        def of(way: Callable[..., jax.Array], **options: Any) -> list[jax.Array]:
+            out, back = jax.vjp(lambda q, k, v: way(q, k, v, until_RT, **options), q, k, v)
+            return [precise(x) for x in (out, *back(slope))]
+
+        found = []
+        for options in ({}, {"window": 30, "softcap": 2.0, "positions": (position_RT,) * 2}):
+            pairs = zip(of(attention, **options), of(dense, **options), strict=True)
+            found += [jnp.linalg.norm(x - y) / jnp.linalg.norm(y) for x, y in pairs]
+        return found
+
+    return compared(jnp.asarray(until_RT, jnp.int32), jnp.asarray(position_RT, jnp.int32))

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models import lora as low_rank
-from dpo_jax.models.attention import attention
+from dpo_jax.models.attention import attention, dense
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Turn, rotate
+from dpo_jax.models.schedule import Schedule
 from dpo_jax.parallel import constrain
 from dpo_jax.structs import precise
 
@@ -27,13 +28,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Shared(NamedTuple):
-    """What all layers read: the turns of `Config.kinds`, and where queries and keys stand."""
+    """What all layers read: the turns of `Config.kinds`, and where queries and keys stand.
+
+    plan: of the blocks of whole rows; None where the keys are those of a cache, S places.
+    """
 
     turns: list[Turn]
     until_RS: jax.Array
     position_RT: jax.Array
     position_RS: jax.Array
     index: jax.Array | int
+    plan: Schedule | None
 
 
 class Layer(NamedTuple):
@@ -141,18 +146,17 @@ class Block(nn.Module):
                 jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
                 for all_LRSJE, new in zip(cache, (k, v), strict=True)
             )
+        options: dict[str, Any] = {
+            "window": layer.window_L,
+            "positions": (shared.position_RT, shared.position_RS),
+            "softcap": c.score_cap,
+            "scale": (c.score_width or c.E) ** -0.5,
+        }
+        if shared.plan is not None:  # a cache that is only now filled holds nothing else
+            seen = attention(q, k, v, shared.until_RS, plan=shared.plan, **options)
+        else:
             k, v = (all_LRSJE[layer.index_L] for all_LRSJE in cache)
-        seen = attention(
-            q,
-            k,
-            v,
-            shared.until_RS,
-            offset=shared.index,
-            window=layer.window_L,
-            positions=(shared.position_RT, shared.position_RS),
-            softcap=c.score_cap,
-            scale=(c.score_width or c.E) ** -0.5,
-        )
+            seen = dense(q, k, v, shared.until_RS, offset=shared.index, **options)
         return self.product("rthe,hed->rtd", seen, "o_HED", c.o_bias), cache
 
     def mlp(self, x_RTD):

@@ -18,6 +18,8 @@ from dpo_jax.models import rope
 from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Scaling, rotary, rotate
+from dpo_jax.models.schedule import schedule
+from dpo_jax.models.walk import SAVED
 from dpo_jax.parallel import constrain
 from dpo_jax.structs import BadInput, Model, Params
 
@@ -25,7 +27,10 @@ __all__ = ["Cache", "Config", "Scaling", "decoder", "rms_norm", "rotary", "rotat
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 UNROLLED = 4  # layers; a loop this short costs more than its compilation saves
@@ -144,8 +149,11 @@ class Decoder(nn.Module):
     def __call__(self, tokens_RT, positions_RT, until_RT, cache=None):
         turns = [self.turn(kind, positions_RT) for kind in self.config.kinds]
         x_RTD = self.embed(tokens_RT, positions_RT)
+        shared = None
+        if cache is None or isinstance(cache, int):
+            plan = schedule(until_RT)
+            shared = Shared(turns, until_RT, positions_RT, positions_RT, 0, plan)
         if cache is None:
-            shared = Shared(turns, until_RT, positions_RT, positions_RT, 0)
             (x_RTD, _), _ = self.layers((x_RTD, None), self.each_layer(), shared)
             return self.final_norm(x_RTD), None
         if isinstance(cache, int):
@@ -154,7 +162,8 @@ class Decoder(nn.Module):
             jax.lax.dynamic_update_slice_in_dim(all_RS, new_RT, cache.index, axis=1)
             for all_RS, new_RT in ((cache.until_RS, until_RT), (cache.position_RS, positions_RT))
         )
-        shared = Shared(turns, until_RS, positions_RT, position_RS, cache.index)
+        if shared is None:
+            shared = Shared(turns, until_RS, positions_RT, position_RS, cache.index, None)
         carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
         (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(carry, self.each_layer(), shared)
         index = cache.index + tokens_RT.shape[1]
@@ -249,7 +258,8 @@ def decoder(
 
     dtype: of the computation, "float32", "bfloat16" or, where JAX_ENABLE_X64 is set, "float64",
     parameters included; softmax, norms and logits are float32 or better.
-    remat: "none", "dots" (keep matrix products) or "full" (recompute every layer).
+    remat: "none", "dots" (keep matrix products and what attention makes of them) or "full"
+    (recompute every layer).
     lora: what the adapters are; parameters are then {"base": the plain dict, "lora": adapters}, or
     {"base"} alone, which is the model without them.
     `hidden(params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)`; an
