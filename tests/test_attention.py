@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from attended import drawn, live_by_force, rows, value_and_slopes
 from tiny import relative_error
 
 from dpo_jax import parallel
@@ -16,56 +17,6 @@ from dpo_jax.data.packing import pack
 from dpo_jax.models import attention, block, schedule, walk
 from dpo_jax.models.schedule import Sizes
 from dpo_jax.models.transformer import decoder
-
-PADDED = 2  # places at the end of every row that `rows` leaves as padding, or more
-
-
-def rows(R: int, T: int, *, responses: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """until_RT and positions_RT of packed groups; the last row is padding alone."""
-    rng = np.random.default_rng(seed)
-    until_RT, position_RT = np.tile(np.arange(1, T + 1), (R, 1)), np.zeros((R, T), int)
-    for r in range(R - 1):
-        start = 0
-        while True:
-            prompt, *sizes = rng.integers(1, 2 + T // 6, 1 + responses)
-            end = start + prompt + sum(sizes)
-            if end > T - PADDED:
-                break
-            until_RT[r, start : start + prompt] = end
-            position_RT[r, start : start + prompt] = np.arange(prompt)
-            start += prompt
-            for size in sizes:
-                until_RT[r, start : start + size] = start + size
-                position_RT[r, start : start + size] = prompt + np.arange(size)
-                start += size
-    return until_RT.astype(np.int32), position_RT.astype(np.int32)
-
-
-def drawn(R: int, T: int, H: int, J: int, E: int, dtype="float32") -> list[jax.Array]:
-    """q, k, v and the slope of what comes out."""
-    rng = np.random.default_rng(7)
-    return [jnp.asarray(rng.normal(size=(R, T, heads, E)), dtype) for heads in (H, J, J, H)]
-
-
-def value_and_slopes(way, *arrays, **options) -> tuple[jax.Array, ...]:
-    """What comes out and the slopes of q, k and v; arrays: q, k, v, slope, until."""
-
-    @jax.jit
-    def both(q, k, v, slope, until_RT):
-        out, back = jax.vjp(lambda q, k, v: way(q, k, v, until_RT, **options), q, k, v)
-        return out, *back(slope)
-
-    return both(*arrays)
-
-
-def live_by_force(until_RT: np.ndarray, Q: int, W: int) -> np.ndarray:
-    """live_RXY: some query of block x sees some key of block y."""
-    R, T = until_RT.shape
-    place_T = np.arange(T)
-    seen_RTS = (place_T[None, :] <= place_T[:, None])[None] & (
-        place_T[None, :, None] < until_RT[:, None, :]
-    )
-    return seen_RTS.reshape(R, T // Q, Q, T // W, W).any(axis=(2, 4))
 
 
 @pytest.mark.parametrize("blocks", [(4, 4), (4, 8), (8, 4), (6, 6), (3, 12), (48, 48)])
@@ -89,7 +40,7 @@ def test_blocks_cut_a_row_evenly_and_fill_it_but_for_little(T):
     size = schedule.block_of(T)
     places = schedule.whole(T, (size, size))
     assert size <= schedule.sizes().block
-    assert T <= places < T + schedule.GRAIN * (places // size)
+    assert T <= places < T + schedule.sizes().grain * (places // size)
     assert places == T or T > schedule.sizes().block
 
 
@@ -222,9 +173,10 @@ def test_on_a_mesh_nothing_moves_and_nothing_changes(axes, heads):
         plan = {"plan": schedule.schedule(arrays[-1], (8, 8))} if way is walk.walk else {}
         return value_and_slopes(way, *arrays, **options, **plan)
 
-    arrays = (*drawn(4, 40, *heads, 8), jnp.asarray(until_RT))
+    H, J = heads
+    arrays = (*drawn(4, 40, H, J, 8), jnp.asarray(until_RT))
     with jax.set_mesh(mesh):
-        shapes = shapes_on(mesh, 4, 40, *heads, 8)
+        shapes = shapes_on(mesh, 4, 40, H, J, 8)
         compiled = jax.jit(partial(both, walk.walk)).lower(*shapes).compile()
         placed = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
         found = compiled(*placed)
@@ -322,7 +274,7 @@ def test_the_self_test_finds_a_leak(dtype, monkeypatch):
     attention.self_test(dtype)
     monkeypatch.setattr(attention, "attention", leaking)
     attention.self_test.cache_clear()
-    with pytest.raises(RuntimeError, match=f"attention leaking on cpu in {dtype} is off the dense"):
+    with pytest.raises(RuntimeError, match=f"attention walk on cpu in {dtype} is off the dense"):
         attention.self_test(dtype)
     attention.self_test.cache_clear()
 
@@ -330,8 +282,8 @@ def test_the_self_test_finds_a_leak(dtype, monkeypatch):
 def test_an_accelerator_is_tested_before_it_is_used(monkeypatch):
     monkeypatch.setattr(attention, "attention", leaking)
     attention.self_test.cache_clear()
-    assert attention.in_use("float32") == "leaking"  # a CPU is what this suite tests
+    assert attention.in_use("float32") == "walk"  # a CPU is what this suite tests
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(RuntimeError, match="attention leaking on gpu in float32"):
+    with pytest.raises(RuntimeError, match="attention walk on gpu in float32"):
         attention.in_use("float32")
     attention.self_test.cache_clear()

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.schedule import sizes
-from dpo_jax.models.walk import NEVER, walk
+from dpo_jax.models.walk import NEVER, walk, way
 from dpo_jax.structs import precise
 
 
@@ -79,14 +79,14 @@ attention = walk
 
 
 def in_use(dtype: str) -> str:
-    """The name of what `attention` is on this backend, on accelerators after the self-test.
+    """The name of what `attention` runs on this backend, on accelerators after the self-test.
 
     On a CPU the test suite is the self-test: every start would take half a second more, and seconds
     where nothing is compiled yet. dtype: of the computation. Raises: RuntimeError.
     """
     if jax.default_backend() != "cpu":
         self_test(dtype)
-    return attention.__name__
+    return way().name
 
 
 @lru_cache(maxsize=8)
@@ -100,7 +100,7 @@ def self_test(dtype: str) -> None:
     worst = max(jax.device_get(_differences(dtype)))
     if not worst < close:
         raise RuntimeError(
-            f"attention {attention.__name__} on {backend} in {dtype} is off the dense reference by "
+            f"attention {way().name} on {backend} in {dtype} is off the dense reference by "
             f"{worst:.1e} of its norm, {close:.0e} is allowed: jax {jax.__version__} computes it "
             "wrongly here. Another version of jax, or of its plugin or driver, may do better"
         )

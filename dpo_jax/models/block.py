@@ -152,7 +152,7 @@ class Block(nn.Module):
             "softcap": c.score_cap,
             "scale": (c.score_width or c.E) ** -0.5,
         }
-        if shared.plan is not None:  # a cache that is only now filled holds nothing else
+        if cache is None or shared.plan is not None:  # a cache that is only now opened is empty
             seen = attention(q, k, v, shared.until_RS, plan=shared.plan, **options)
         else:
             k, v = (all_LRSJE[layer.index_L] for all_LRSJE in cache)

@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-GRAIN = 8  # places that a block is a multiple of where a row has several
-
 
 class Sizes(NamedTuple):
-    """How large pieces are, at most."""
+    """How large pieces are."""
 
-    block: int  # places of a block
-    scores: int  # of a tile that takes several rows; one row of one block may have more
+    block: int  # places of a block, at most
+    scores: int  # of a tile that takes several rows, at most; one row of one block may have more
+    grain: int = 8  # places that the blocks of a row are a multiple of
+    lone: int = 1  # and the block of a row that has one
 
 
 # A tile of a CPU stays in its second cache: on two cores of an EPYC 128 beat 256 and 512 at every
-# row length tried. What an accelerator likes was not measured.
-SIZES = {"cpu": Sizes(128, 2**18)}
-LARGE = Sizes(512, 2**26)
+# row length tried. A TPU wants whole registers, and tiles of M heads in its vector memory. What a
+# GPU likes was not measured.
+SIZES = {"cpu": Sizes(128, 2**18), "tpu": Sizes(256, 2**18, grain=128, lone=128)}
+LARGE = Sizes(512, 2**26, grain=16)
 
 
 @struct.dataclass
@@ -42,11 +43,10 @@ def sizes() -> Sizes:
 
 def block_of(T: int) -> int:
     """Places of a block: a row of up to `sizes().block` is one, a longer one is cut evenly."""
-    most = sizes().block
-    if T <= most:
-        return T
+    most, _, grain, lone = sizes()
     parts = -(-T // most)
-    return -(-T // (parts * GRAIN)) * GRAIN
+    grain = lone if parts == 1 else grain
+    return -(-T // (parts * grain)) * grain
 
 
 def whole(T: int, blocks: tuple[int, int]) -> int:

@@ -1,4 +1,5 @@
-"""Attention as a walk over the pairs of blocks that see each other, in plain XLA.
+"""Attention as a walk over the pairs of blocks that see each other, in plain XLA; on TPUs the
+kernels of attention_tpu.py walk the same list.
 
 Forwards an online softmax (Milakov and Gimelshein, 1805.02867); backwards the scores are made anew
 from the logsumexp of every query (Dao et al., 2205.14135). Memory grows with T, time with the
@@ -57,6 +58,14 @@ class Seen(NamedTuple):
     lse_RJMT: jax.Array  # logsumexp of the scores of a query
 
 
+class Kept(NamedTuple):
+    """What the way back reads; slope: of what comes out."""
+
+    arrays: Inputs
+    seen: Seen
+    slope_RJMTE: jax.Array
+
+
 class Slopes(NamedTuple):
     """What it makes on the way back."""
 
@@ -110,27 +119,44 @@ def walk(
     return out_RTJME[:, :T].reshape(R, T, H, E)
 
 
+class Way(NamedTuple):
+    """How a backend walks."""
+
+    name: str
+    forwards: Callable[[Rule, Inputs], Seen]
+    backwards: Callable[[Rule, Kept], Slopes]
+
+
+def way() -> Way:
+    """The kernels of attention_tpu.py on TPUs, what is written here elsewhere."""
+    if jax.default_backend() == "tpu":
+        from dpo_jax.models import attention_tpu
+
+        return Way("pallas", attention_tpu.forwards, attention_tpu.backwards)
+    return Way("walk", forwards, backwards)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _walked(rule: Rule, arrays: Inputs) -> jax.Array:
-    return _everywhere(partial(_forwards, rule), arrays).out_RJMTE
+    return _everywhere(partial(way().forwards, rule), arrays).out_RJMTE
 
 
 def _begun(rule: Rule, arrays: Inputs) -> tuple[jax.Array, tuple[Inputs, Seen]]:
-    seen = _everywhere(partial(_forwards, rule), arrays)
+    seen = _everywhere(partial(way().forwards, rule), arrays)
     seen = Seen(*(checkpoint_name(x, SAVED) for x in seen))
     return seen.out_RJMTE, (arrays, seen)
 
 
 def _returned(rule: Rule, kept: tuple[Inputs, Seen], slope_RJMTE: jax.Array) -> tuple[Inputs]:
     arrays, seen = kept
-    back = _everywhere(partial(_backwards, rule), Kept(arrays, seen, slope_RJMTE))
+    back = _everywhere(partial(way().backwards, rule), Kept(arrays, seen, slope_RJMTE))
     return (Inputs(*back, *[None] * (len(arrays) - len(back))),)  # type: ignore[arg-type]
 
 
 _walked.defvjp(_begun, _returned)
 
 
-def _forwards(rule: Rule, arrays: Inputs) -> Seen:
+def forwards(rule: Rule, arrays: Inputs) -> Seen:
     """Query block by query block, each over the key blocks that it sees."""
     q_RJMTE, k_RJTE, v_RJTE = arrays[:3]
     (R, J, M, T, E), (Q, W) = q_RJMTE.shape, rule.blocks
@@ -164,15 +190,7 @@ def _forwards(rule: Rule, arrays: Inputs) -> Seen:
     return jax.lax.fori_loop(0, R // r * X, block, empty)
 
 
-class Kept(NamedTuple):
-    """What the way back reads; slope: of what comes out."""
-
-    arrays: Inputs
-    seen: Seen
-    slope_RJMTE: jax.Array
-
-
-def _backwards(rule: Rule, kept: Kept) -> Slopes:
+def backwards(rule: Rule, kept: Kept) -> Slopes:
     """The same walk; the slopes of keys and values grow where they lie."""
     arrays, (out_RJMTE, lse_RJMT), slope_RJMTE = kept
     q_RJMTE, k_RJTE, v_RJTE = arrays[:3]
