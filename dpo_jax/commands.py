@@ -204,7 +204,7 @@ def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None
     """Print the table of a judge over files, and write what is asked for."""
     if not others:
         raise BadInput("score: name a file of records, as dpo-jax score EXPERIMENT FILE.jsonl")
-    out, table = (_new_file(path) for path in (arguments.out, arguments.json))
+    out, table = (rundir.new_file(path) for path in (arguments.out, arguments.json))
     compared = arguments.reference is not None
     if names_model(arguments.experiment):
         result = untrained(arguments.experiment, overrides, compared=compared)
@@ -250,21 +250,6 @@ def _with_subsets(
     if field is not None:
         raise BadInput(f"--subset {field}: no record of {', '.join(others)} has such a field")
     return rows if len(others) == 1 else [row | {"subset": row["source"]} for row in rows]
-
-
-def _new_file(path: str | None) -> epath.Path | None:
-    """Where to write a file, its folder made. Raises BadInput where that cannot be."""
-    if path is None:
-        return None
-    file = epath.Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_dir():
-            return file
-        reason = "a folder"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise BadInput(f"{path}: cannot be written ({reason}): give another file")
 
 
 # export

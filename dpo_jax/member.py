@@ -144,16 +144,21 @@ def held(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict[
     them: a value head or critic, the head of a reward. reference, optimizer; memory: what else is
     kept, as a moving reference.
     """
+    found = roles(model, state, frozen)
+    return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in found.items()}
+
+
+def roles(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, Any]:
+    """What a run holds from step to step, by role, as `held` names them."""
     own = jax.eval_shape(model.init, jax.random.key(0)).keys()
     decoder = {name: x for name, x in state.params.items() if name in own}
-    roles = {
+    return {
         "policy": (decoder, frozen.get("base", {})),
         "heads": {name: x for name, x in state.params.items() if name not in own},
         "reference": frozen.get("reference", {}),
         "optimizer": state.opt_state,
         "memory": state.memory,
     }
-    return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in roles.items()}
 
 
 def start_state(

@@ -1,0 +1,155 @@
+"""What a train step needs of devices that need not be here: memory, work, time at the least.
+
+The step is the run's own, on a mesh of the devices of a TPU topology or of those here, compiled
+ahead of time from shapes: no weights are read or made. Memory is the compiler's; flops and bytes
+moved are counted over the program (`products`); collectives are those of the compiled text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from dpo_jax import parallel
+from dpo_jax.experiment import Experiment
+from dpo_jax.models.schedule import block_of
+from dpo_jax.plan import devices
+from dpo_jax.plan.collectives import Sent, collectives
+from dpo_jax.plan.devices import Target
+from dpo_jax.plan.products import Work, products
+from dpo_jax.plan.step import Data, Step, read, step
+from dpo_jax.structs import BadInput
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on one kind of devices; bytes, flops and seconds of one device.
+
+    held: what stays there from step to step by role, and the batch. needed: the most that is there
+    at once, None where the compiler does not say. temporaries: the part of it that is not `held`,
+    activations and gradients among it; None where the step does not fit. memory, peak, bandwidth:
+    of the device, None = not known.
+    """
+
+    name: str
+    kind: str
+    devices: int
+    mesh: Mapping[str, int]
+    rows: int  # of one update, on all devices
+    row_tokens: int
+    notes: Sequence[str]
+    held: Mapping[str, int]
+    needed: int | None
+    temporaries: int | None
+    memory: int | None
+    work: Work
+    peak: float | None
+    bandwidth: float | None
+    sent: Mapping[str, Sent] | None
+    fits: bool
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least time that products and memory take, by what takes it."""
+        found = {"compute": (self.work.flops, self.peak)}
+        found["memory"] = (self.work.bytes, self.bandwidth)
+        return {bound: amount / rate for bound, (amount, rate) in found.items() if rate}
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes of all devices together, 0 where it is not known."""
+        return self.devices * (self.memory or 0)
+
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        sent = self.sent and {kind: each._asdict() for kind, each in self.sent.items()}
+        return asdict(self) | {
+            "work": self.work._asdict(),
+            "sent": sent,
+            "seconds": self.seconds,
+        }
+
+
+def plans(
+    experiment: Experiment, topologies: Sequence[str] = (), *, rows: int | None = None
+) -> list[Plan]:
+    """A plan for every topology, or for the devices here where there is none.
+
+    rows: of the batch, in place of those of the data. Raises: BadInput for a name that is no
+    topology, a mesh that does not divide its devices, and what `train.run` refuses.
+    """
+    if rows is not None and rows < 1:
+        raise BadInput(f"--rows {rows}: give 1 or more")
+    targets = [devices.topology(name) for name in topologies] or [devices.local()]
+    for target in targets:
+        _mesh(experiment, target)  # all are refused before one is compiled
+    data = read(experiment, rows)
+    return [planned(experiment, target, data, rows) for target in targets]
+
+
+def smallest(found: Sequence[Plan]) -> Plan | None:
+    """Of the plans that fit the one whose devices have the least memory together."""
+    fitting = [plan for plan in found if plan.fits]
+    return min(fitting, key=lambda plan: (plan.total_memory, plan.devices), default=None)
+
+
+def _mesh(experiment: Experiment, target: Target) -> jax.sharding.Mesh:
+    try:
+        return parallel.make_mesh(**asdict(experiment.run.mesh), devices=target.devices)
+    except BadInput as error:
+        raise BadInput(f"{target.name}: {error}") from None
+
+
+def planned(experiment: Experiment, target: Target, data: Data, rows: int | None = None) -> Plan:
+    """The plan for devices of one kind, of a batch that `data` or `rows` gives."""
+    mesh = _mesh(experiment, target)
+    made = step(experiment, mesh, data, rows=rows, memory=target.memory)
+    with jax.set_mesh(mesh):
+        blocks = -(-made.shape.tokens // block_of(made.shape.tokens))
+        work = products(made.traced.jaxpr, made.of_batch, dict(mesh.shape), blocks)
+        needed, temporaries, memory, text = _compiled(made, target.memory)
+    return Plan(
+        name=target.name,
+        kind=target.kind,
+        devices=len(target.devices),
+        mesh=dict(mesh.shape),
+        rows=made.shape.rows,
+        row_tokens=made.shape.tokens,
+        notes=made.notes,
+        held=made.held,
+        needed=needed,
+        temporaries=temporaries,
+        memory=memory,
+        work=work,
+        peak=target.peak,
+        bandwidth=target.bandwidth,
+        sent=None if text is None else collectives(text),
+        fits=text is not None and (memory is None or (needed or 0) <= memory),
+    )
+
+
+def _compiled(made: Step, memory: int | None) -> tuple[int | None, int | None, int | None, Any]:
+    """(needed, temporaries, memory, text); the text is None where the step does not fit, and memory
+    then what the compiler says of the device."""
+    try:
+        compiled = made.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = _USED.search(str(error))
+        if used is None:
+            return None, None, memory, None
+        needed, room = (int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3))
+        return needed, None, room, None
+    said = compiled.memory_analysis()
+    if said is None:
+        return None, None, memory, compiled.as_text()
+    arguments, results = said.argument_size_in_bytes, said.output_size_in_bytes
+    needed = arguments + results - said.alias_size_in_bytes + said.temp_size_in_bytes
+    needed += said.generated_code_size_in_bytes
+    return needed, needed - sum(made.held.values()), memory, compiled.as_text()
