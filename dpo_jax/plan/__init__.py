@@ -8,7 +8,7 @@ moved are counted over the program (`products`); collectives are those of the co
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,10 +19,14 @@ from dpo_jax.plan import devices
 from dpo_jax.plan.collectives import Sent, collectives
 from dpo_jax.plan.devices import Target
 from dpo_jax.plan.products import Work, products
-from dpo_jax.plan.step import Data, Step, read, step
+from dpo_jax.plan.traced import Data, Step, read, step
 from dpo_jax.structs import BadInput
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_SIZE = r"([\d.]+)([KMGT]?)"
+_USED = (  # what XLA for TPUs says of a step that does not fit
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -110,46 +114,54 @@ def planned(experiment: Experiment, target: Target, data: Data, rows: int | None
     mesh = _mesh(experiment, target)
     made = step(experiment, mesh, data, rows=rows, memory=target.memory)
     with jax.set_mesh(mesh):
-        blocks = -(-made.shape.tokens // block_of(made.shape.tokens))
+        blocks = -(-made.row_tokens // block_of(made.row_tokens))
         work = products(made.traced.jaxpr, made.of_batch, dict(mesh.shape), blocks)
-        needed, temporaries, memory, text = _compiled(made, target.memory)
+        needed, memory, text = _compiled(made, target.memory)
+    spare = None if needed is None or memory is None else memory - needed
     return Plan(
         name=target.name,
         kind=target.kind,
         devices=len(target.devices),
         mesh=dict(mesh.shape),
-        rows=made.shape.rows,
-        row_tokens=made.shape.tokens,
+        rows=made.rows,
+        row_tokens=made.row_tokens,
         notes=made.notes,
         held=made.held,
         needed=needed,
-        temporaries=temporaries,
+        temporaries=None if text is None or needed is None else needed - sum(made.held.values()),
         memory=memory,
         work=work,
         peak=target.peak,
         bandwidth=target.bandwidth,
         sent=None if text is None else collectives(text),
-        fits=text is not None and (memory is None or (needed or 0) <= memory),
+        fits=text is not None and (spare is None or spare >= 0),
     )
 
 
-def _compiled(made: Step, memory: int | None) -> tuple[int | None, int | None, int | None, Any]:
-    """(needed, temporaries, memory, text); the text is None where the step does not fit, and memory
-    then what the compiler says of the device."""
+class _Compiled(NamedTuple):
+    """What the compiler says. needed: bytes on a device, memory: bytes that it has, None = not
+    known. text: of the program, None where it does not fit."""
+
+    needed: int | None
+    memory: int | None
+    text: str | None
+
+
+def _compiled(made: Step, memory: int | None) -> _Compiled:
     try:
         compiled = made.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = _USED.search(str(error))
+        used = next(filter(None, (form.search(str(error)) for form in _USED)), None)
         if used is None:
-            return None, None, memory, None
+            return _Compiled(None, memory, None)
         needed, room = (int(float(used[i]) * _UNITS[used[i + 1]]) for i in (1, 3))
-        return needed, None, room, None
+        return _Compiled(needed, room, None)
     said = compiled.memory_analysis()
     if said is None:
-        return None, None, memory, compiled.as_text()
-    arguments, results = said.argument_size_in_bytes, said.output_size_in_bytes
-    needed = arguments + results - said.alias_size_in_bytes + said.temp_size_in_bytes
+        return _Compiled(None, memory, compiled.as_text())
+    needed = said.argument_size_in_bytes + said.temp_size_in_bytes
+    needed += said.output_size_in_bytes - said.alias_size_in_bytes
     needed += said.generated_code_size_in_bytes
-    return needed, needed - sum(made.held.values()), memory, compiled.as_text()
+    return _Compiled(needed, memory, compiled.as_text())

@@ -20,6 +20,7 @@ GENERATIONS = {
     "v6e": ("v6e:4x4", "default"),
     "tpu7x": ("tpu7x:2x2x4", "default"),  # two devices a chip
 }
+_SHAPE = re.compile(r"\d+(x\d+){1,2}")
 # libtpu looks for the TPUs of this machine and says on stderr that there are none
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -53,9 +54,9 @@ def topology(name: str) -> Target:
     Raises: BadInput for a name that is none, and where libtpu is missing.
     """
     generation, _, shape = name.partition(":")
-    if generation not in GENERATIONS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if generation not in GENERATIONS or not _SHAPE.fullmatch(shape):
         raise BadInput(f"--topology {name}: {_remedy(generation, shape)}")
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+    if importlib.util.find_spec("libtpu") is None:
         raise BadInput(
             f"--topology {name} wants libtpu, the compiler for TPUs, which runs without one: "
             "pip install 'dpo-jax[plan]'"
@@ -77,13 +78,18 @@ def topology(name: str) -> Target:
 
 def _remedy(generation: str, shape: str) -> str:
     """The nearest name that is one."""
-    near = difflib.get_close_matches(generation.lower(), GENERATIONS, 1, 0.0)
-    example = GENERATIONS[near[0]][0] if near else "v5e:4x4"
-    axes = example.count("x", example.index(":"))
-    if generation not in GENERATIONS and re.fullmatch(rf"\d+(x\d+){{{axes}}}", shape):
-        example = f"{example.partition(':')[0]}:{shape}"
-    known = ", ".join(one for one, _ in GENERATIONS.values())
-    return f"nearest is {example}; write a generation and its chips, as in {known}"
+    names = {known: example for known, (example, _) in GENERATIONS.items()}
+    near = names.get(generation)
+    if near is None:
+        # those of as many axes with the shape that was meant
+        axes = shape.count("x") if _SHAPE.fullmatch(shape) else -1
+        alike = [
+            f"{known}:{shape}" if example.count("x", example.index(":")) == axes else example
+            for known, example in names.items()
+        ]
+        (near,) = difflib.get_close_matches(f"{generation}:{shape}", alike, 1, 0.0)
+    known = ", ".join(names.values())
+    return f"nearest is {near}; write a generation and its chips, as in {known}"
 
 
 def local() -> Target:

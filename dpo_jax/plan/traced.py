@@ -27,13 +27,13 @@ class Data(NamedTuple):
 
 class Step(NamedTuple):
     """One update, traced. held: bytes on one device by role. of_batch: which inputs of the program
-    are of the batch. notes: what stands behind the shapes, for people."""
+    are of the batch. rows: on all devices. notes: what stands behind the shapes, for people."""
 
     traced: Any
     held: dict[str, int]
     of_batch: list[bool]
-    shape: Shape
-    tokens: int  # places of the rows of an optimizer step
+    rows: int
+    row_tokens: int
     notes: list[str]
 
 
@@ -97,8 +97,8 @@ def step(
         traced,
         held | {"batch": parallel.own_bytes(batch)},
         [i == 2 for i, tree in enumerate(arguments) for _ in jax.tree.leaves(tree)],
-        shape,
-        shape.rows * shape.tokens,
+        shape.rows // algorithm.minibatches,
+        shape.tokens,
         notes,
     )
 
@@ -171,7 +171,8 @@ def _batch(
     columns |= {"scores": np.zeros((2, 1)), "criteria": ("score",)}
     batch = lay_out([Group(ids, [ids, ids], **columns)], [[0]], shape, record_B=[0])
     if algorithm.online is not None:
-        said += "; drawing the samples is not part of it"
+        updates = algorithm.passes * algorithm.minibatches
+        said += f"; drawing it is not part of the plan, a step updates {updates} times"
     return shape, batch, f"{said}; every token is scored"
 
 
