@@ -118,7 +118,7 @@ def _differences(dtype: str) -> list[jax.Array]:
     until_RT = np.minimum(until_RT, T)
     position_RT = np.where(at_RT < 45, at_RT, at_RT - 25)
 
-    @jax.jit
+    @jax.jit  # of host arrays, which are the same to every process
     def compared(until_RT: jax.Array, position_RT: jax.Array) -> list[jax.Array]:
         keys = jax.random.split(jax.random.key(0), 4)
         shapes = ((R, T, heads, E) for heads in (H, J, J, H))
@@ -134,4 +134,4 @@ def _differences(dtype: str) -> list[jax.Array]:
             found += [jnp.linalg.norm(x - y) / jnp.linalg.norm(y) for x, y in pairs]
         return found
 
-    return compared(jnp.asarray(until_RT, jnp.int32), jnp.asarray(position_RT, jnp.int32))
+    return compared(until_RT.astype(np.int32), position_RT.astype(np.int32))
