@@ -122,6 +122,8 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     asked = _asked(experiment, algorithm, join(began, frozen), mesh)
     groups = asked(read_groups(experiment, "data.source", given.data, made, algorithm))
     batches = loader(experiment, groups, rows)
+    kept = () if batches.groups[0].ref_logps else algorithm.frozen
+    flops = _flops(shapes, algorithm, references=len(kept))
     if algorithm.online is not None:
         algorithm = algorithm.online(
             Context(
@@ -143,7 +145,6 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         prompts = template.encode_prompts(given.prompts, made)
         sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
     # copies: the loop donates the policy's arrays
-    kept = () if batches.groups[0].ref_logps else algorithm.frozen
     frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
     start = None
     if given.prompts and experiment.parent is not None:
@@ -160,7 +161,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
-        flops_per_token=_flops(shapes, references=len(kept)),
+        flops_per_token=flops,
     )
 
 
@@ -182,13 +183,16 @@ def _asked(
     )
 
 
-def _flops(shapes: Params, references: int) -> float:
-    """Flops a token costs: forward, backward twice as much, but once where weights are frozen, and
-    a forward pass for every reference."""
+def _flops(shapes: Params, algorithm: Algorithm, references: int) -> float:
+    """Flops a token costs in the decoder: in every pass forward, and backward twice as much, but
+    once where weights are frozen; once forward for every reference; and where it was sampled in
+    the loop forward to draw it and again for its log-prob."""
     trained, frozen = parted(shapes)
     backward = {2: trained, 1: frozen}
+    once = references + (0 if algorithm.online is None else 2)
     return sum(
-        flops_per_token(tree, passes=1 + times + references) for times, tree in backward.items()
+        flops_per_token(tree, passes=algorithm.passes * (1 + times) + once)
+        for times, tree in backward.items()
     )
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -124,14 +125,16 @@ def sample(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
             raise BadInput(f"{whole.name} is a reward model: it has no policy to sample from")
         own = {path: new for path, new in overrides.items() if not path.startswith("evaluation.")}
         result = finished(override(base, own))
-    wanted = whole.evaluation
+    wanted, best_of = whole.evaluation, _best_of(arguments.best_of, whole.evaluation)
     if wanted.prompts != STDIN:
         if arguments.chat or arguments.text:
             raise BadInput("--chat and --text are for prompts from the terminal or a pipe")
         role = "evaluation.prompts"
         asked = build.read_records(role, wanted.prompts, train.run, whole.data)
-        _print(result, wanted, asked, wanted.rewards)
+        _print(result, wanted, asked, wanted.rewards, best_of)
         return
+    if best_of > 1:
+        raise BadInput(f"--best-of {best_of}: rewards read records, give evaluation.prompts")
     chat = arguments.chat or (not arguments.text and _converses(result, model))
     if sys.stdin.isatty():
         _converse(result, wanted, chat)
@@ -139,7 +142,14 @@ def sample(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
     asked = [_asked(line, n, chat) for n, line in enumerate(sys.stdin, 1) if line.strip()]
     if not asked:
         raise BadInput("no prompts: give evaluation.prompts=FILE.jsonl, or a prompt a line")
-    _print(result, wanted, asked, ())
+    _print(result, wanted, asked, (), 1)
+
+
+def _best_of(count: int, wanted: Evaluation) -> int:
+    """The number behind --best-of. Raises BadInput where nothing could choose."""
+    if count < 1 or (count > 1 and not wanted.rewards):
+        raise BadInput(f"--best-of {count}: give 1 or more, and evaluation.rewards to choose by")
+    return count
 
 
 def _converses(result: Result, model: bool) -> bool:
@@ -159,11 +169,17 @@ def _asked(line: str, number: int, chat: bool) -> dict[str, Any]:
     return records.canonical({"prompt": prompt}, f"stdin:{number}")
 
 
-def _print(result: Result, wanted: Evaluation, asked: list[dict[str, Any]], rewards: Any) -> None:
-    """A JSON line a response."""
-    drawn = _drawn(result, wanted, asked, rewards, jax.random.key(result.experiment.run.seed))
-    for row in drawn.rows(result.experiment.run.steps):
-        print(json.dumps(row))
+def _print(
+    result: Result, wanted: Evaluation, asked: list[dict[str, Any]], rewards: Any, best_of: int
+) -> None:
+    """A JSON line a response: of every best_of that are drawn the one of the highest reward."""
+    several = replace(wanted, samples=wanted.samples * best_of)
+    drawn = _drawn(result, several, asked, rewards, jax.random.key(result.experiment.run.seed))
+    rows = list(drawn.rows(result.experiment.run.steps))
+    for start in range(0, len(rows), best_of):
+        some = rows[start : start + best_of]
+        best = max(some, key=lambda row: row[rewards[0].__name__]) if best_of > 1 else some[0]
+        print(json.dumps(best))
 
 
 def _converse(result: Result, wanted: Evaluation, chat: bool) -> None:

@@ -12,7 +12,7 @@ from dpo_jax.data.loader import sequential
 from dpo_jax.data.template import encode_prompts, response_end
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.logprobs import ROUNDED, per_response, token_kls
-from dpo_jax.parallel import row_multiple, shard_batch
+from dpo_jax.parallel import on_host, row_multiple, shard_batch
 from dpo_jax.sampling import sample
 from dpo_jax.structs import Algorithm, Batch, Group, Model, Params, TrainState, join
 
@@ -79,12 +79,12 @@ def held_out(
     done, memory = [], state.memory
     for batch in batches:
         complete_batch, memory = complete(numbers, state, frozen, shard_batch(mesh, batch), key)
-        done.append(jax.device_get(complete_batch))
+        done.append(on_host(complete_batch))
     state = replace(state, memory=memory)  # a moving reference moves before it is compared with
     whole = algorithm.measure(_joined(done))
     total: dict[str, float] = {}
     for part in _parts(whole, len(batches)):
-        metrics = jax.device_get(value(numbers, state, frozen, shard_batch(mesh, part), key))
+        metrics = on_host(value(numbers, state, frozen, shard_batch(mesh, part), key))
         total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
     return total
 
@@ -196,7 +196,7 @@ def _response_kls(model, params, reference, groups, mesh) -> np.ndarray:
         row_tokens=max(2 * longest, KL_ROW_TOKENS),
         rows_multiple=row_multiple(mesh),
     ):
-        kl_RGK = jax.device_get(kls(params, reference, shard_batch(mesh, batch)))
+        kl_RGK = on_host(kls(params, reference, shard_batch(mesh, batch)))
         real_RG = batch.record_RG >= 0
         kl_BK[batch.record_RG[real_RG]] = kl_RGK[real_RG]
     return kl_BK

@@ -1,22 +1,21 @@
 """From a batch to log-probabilities: the head runs on scored positions only, a chunk at a time.
 
-`naive_token_logps` is the slow obvious version that the tests compare in value and gradient.
+`naive_token_statistics` is the slow obvious version that the tests compare in value and gradient.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.head import Side, Wanted, side, statistics
 from dpo_jax.structs import Array, Batch, Model, Params, precise
 
 # Compiler options of all that compares policy and reference: bfloat16 is rounded where the program
 # says so and not where a fusion happens to end, so that equal weights have equal log-probs in the
 # forward pass of a gradient and outside of it.
 ROUNDED = {"xla_allow_excess_precision": False}
-LOGITS_AT_ONCE = 2**24  # elements of the largest logits array that a chunk may hold
 
 
 class TokenStatistics(NamedTuple):
@@ -60,39 +59,24 @@ def token_statistics(
     aligned: WPO's log-weight of every token (2406.11827 eq. 6). policy_kl: the KL the other way
     round too. readout_D: a vector whose product with every hidden state is wanted.
     """
-    parts = [scored_hidden(model, params, batch)]
+    policy = _side(model, params, batch)
+    other = None
     if reference is not None:
-        reference = jax.lax.stop_gradient(reference)
-        parts.append(scored_hidden(model, reference, batch))
-
-    def head(target_RC: jax.Array, hidden_RCD: jax.Array, *ref_RCD: jax.Array) -> TokenStatistics:
-        logits_RCV = precise(model.unembed(params, hidden_RCD)) / temperature
-        total_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
-        found = TokenStatistics(_picked(logits_RCV, target_RC) - total_RC)
-        if aligned:
-            square_RC = jax.nn.logsumexp(2 * logits_RCV, axis=-1) - 2 * total_RC
-            found = found._replace(aligned_RN=jax.lax.stop_gradient(found.logp_RN - square_RC))
-        if entropy:
-            p_RCV = jnp.exp(logits_RCV - total_RC[..., None])
-            found = found._replace(entropy_RN=total_RC - jnp.sum(p_RCV * logits_RCV, axis=-1))
-        for ref_hidden_RCD in ref_RCD:
-            ref_RCV = precise(model.unembed(reference, ref_hidden_RCD)) / temperature
-            ref_RCV = jax.nn.log_softmax(ref_RCV)
-            gap_RCV = ref_RCV - (logits_RCV - total_RC[..., None])
-            found = found._replace(
-                ref_logp_RN=_picked(ref_RCV, target_RC),
-                kl_RN=jnp.sum(jnp.exp(ref_RCV) * gap_RCV, axis=-1),
-            )
-            if policy_kl:
-                p_RCV = jnp.exp(logits_RCV - total_RC[..., None])
-                found = found._replace(policy_kl_RN=-jnp.sum(p_RCV * gap_RCV, axis=-1))
-        return found
-
-    vocabulary = len(parts) * _vocabulary(model, params, parts[0])
-    found = _chunked(head, vocabulary, jnp.asarray(batch.target_RN), *parts)
-    if readout_D is not None:
-        found = found._replace(readout_RN=readout(parts[0], readout_D))
-    return jax.tree.map(lambda x_RN: jnp.where(batch.slot_RN >= 0, x_RN, 0.0), found)
+        other = _side(model, jax.lax.stop_gradient(reference), batch)
+    wanted = Wanted(reference is not None and policy_kl, entropy, square=aligned)
+    out = statistics(
+        policy, batch.target_RN, reference=other, wanted=wanted, temperature=temperature
+    )
+    found = TokenStatistics(
+        out.logp,
+        out.ref_logp,
+        out.kl,
+        out.policy_kl,
+        out.entropy,
+        None if readout_D is None else readout(policy.hidden_RND, readout_D),
+        jax.lax.stop_gradient(out.logp - out.square) if aligned else None,
+    )
+    return _used(found, batch)
 
 
 def token_kls(model: Model, params: Params, reference: Params, batch: Batch) -> jax.Array:
@@ -101,17 +85,9 @@ def token_kls(model: Model, params: Params, reference: Params, batch: Batch) -> 
     Summed over a response sampled from the policy, it is an unbiased estimate of the sequence KL
     whose variance is far below that of the log-ratio.
     """
-    hidden_RND = scored_hidden(model, params, batch)
-    anchor_RND = scored_hidden(model, reference, batch)
-
-    def kls(hidden_RCD: jax.Array, anchor_RCD: jax.Array) -> jax.Array:
-        logp_RCV = jax.nn.log_softmax(precise(model.unembed(params, hidden_RCD)))
-        ref_RCV = jax.nn.log_softmax(precise(model.unembed(reference, anchor_RCD)))
-        return jnp.sum(jnp.exp(logp_RCV) * (logp_RCV - ref_RCV), axis=-1)
-
-    vocabulary = 2 * _vocabulary(model, params, hidden_RND)
-    kl_RN = _chunked(kls, vocabulary, hidden_RND, anchor_RND)
-    return jnp.where(batch.slot_RN >= 0, kl_RN, 0.0)
+    found = token_statistics(model, params, batch, reference=reference, policy_kl=True)
+    assert found.policy_kl_RN is not None
+    return found.policy_kl_RN
 
 
 def response_logps(
@@ -137,11 +113,48 @@ def response_lengths(batch: Batch) -> jax.Array:
 
 def naive_token_logps(model: Model, params: Params, batch: Batch) -> jax.Array:
     """token_logps through the full logits of every place of every row."""
-    hidden_RTD, _ = model.hidden(params, batch.tokens_RT, batch.positions_RT, batch.until_RT)
-    logp_RTV = jax.nn.log_softmax(precise(model.unembed(params, hidden_RTD)))
+    return naive_token_statistics(model, params, batch).logp_RN
+
+
+def naive_token_statistics(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    reference: Params | None = None,
+    readout_D: Array | None = None,
+    temperature: float | jax.Array = 1.0,
+) -> TokenStatistics:
+    """All of token_statistics through the full logits of every place of every row."""
     rows = jnp.arange(batch.target_RN.shape[0])[:, None]
+    places = batch.tokens_RT, batch.positions_RT, batch.until_RT
+    hidden_RTD = model.hidden(params, *places)[0]
+    logp_RTV = jax.nn.log_softmax(precise(model.unembed(params, hidden_RTD)) / temperature)
+    p_RTV = jnp.exp(logp_RTV)
     logp_RN = logp_RTV[rows, batch.source_RN, batch.target_RN]
-    return jnp.where(batch.slot_RN >= 0, logp_RN, 0.0)
+
+    def summed(x_RTV: jax.Array) -> jax.Array:
+        return jnp.sum(x_RTV, axis=-1)[rows, batch.source_RN]
+
+    found = TokenStatistics(
+        logp_RN,
+        entropy_RN=-summed(p_RTV * logp_RTV),
+        aligned_RN=jax.lax.stop_gradient(logp_RN - jnp.log(summed(p_RTV**2))),
+    )
+    if readout_D is not None:
+        found = found._replace(readout_RN=jnp.dot(hidden_RTD, readout_D)[rows, batch.source_RN])
+    if reference is not None:
+        ref_hidden_RTD = model.hidden(reference, *places)[0]
+        ref_RTV = jax.nn.log_softmax(
+            precise(model.unembed(reference, ref_hidden_RTD)) / temperature
+        )
+        ref_RTV = jax.lax.stop_gradient(ref_RTV)
+        found = found._replace(
+            ref_logp_RN=ref_RTV[rows, batch.source_RN, batch.target_RN],
+            kl_RN=summed(jnp.exp(ref_RTV) * (ref_RTV - logp_RTV)),
+            policy_kl_RN=summed(p_RTV * (logp_RTV - ref_RTV)),
+        )
+    return _used(found, batch)
 
 
 def scored_hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
@@ -159,26 +172,9 @@ def readout(hidden_RND: jax.Array, readout_D: Array) -> jax.Array:
     return jnp.einsum("rnd,d->rn", precise(hidden_RND), precise(readout_D), precision="highest")
 
 
-def _picked(logits_RCV: jax.Array, target_RC: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_RCV, target_RC[:, :, None], axis=-1)[:, :, 0]
+def _side(model: Model, params: Params, batch: Batch) -> Side:
+    return side(model.unembed, params, scored_hidden(model, params, batch))
 
 
-def _vocabulary(model: Model, params: Params, hidden_RND: jax.Array) -> int:
-    return jax.eval_shape(model.unembed, params, hidden_RND[:, :1]).shape[-1]
-
-
-def _chunked(head: Callable, vocabulary: int, *inputs: jax.Array) -> Any:
-    """head over chunks of N, recomputed in the backward pass; rows stay where they are sharded."""
-    R, N = inputs[0].shape[:2]
-    size = max(1, min(N, LOGITS_AT_ONCE // (R * vocabulary)))
-    if size == N:
-        return jax.checkpoint(head)(*inputs)
-    chunks = -(-N // size)
-
-    def cut(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, chunks * size - N)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(R, chunks, size, *x.shape[2:]), 1, 0)
-
-    step = jax.checkpoint(lambda _, parts: (None, head(*parts)))
-    _, out = jax.lax.scan(step, None, tuple(cut(x) for x in inputs))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(R, chunks * size)[:, :N], out)
+def _used(found: TokenStatistics, batch: Batch) -> TokenStatistics:
+    return jax.tree.map(lambda x_RN: jnp.where(batch.slot_RN >= 0, x_RN, 0.0), found)

@@ -5,11 +5,12 @@ array leads with R, so its rows go to `data` and `fsdp`. Optimizer moments carry
 parameters and follow them. A dimension that its mesh axes do not divide is replicated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.structs import BadInput, Batch
@@ -91,12 +92,72 @@ def shard_batch(mesh: jax.sharding.Mesh, batch: Batch) -> Batch:
     return jax.tree.map(place, batch, shardings(mesh, batch))
 
 
+def on_host(tree: Any) -> Any:
+    """A tree of arrays in numpy, each whole though several processes hold it; all of them call."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Pin an activation to the mesh axes of its letters; nothing happens without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(mesh, axes, x.shape))
+
+
+def pinned(x: jax.Array, axis: str) -> jax.Array:
+    """`constrain` of the last axis alone; where the others lie is left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if shards(axis, x.shape[-1]) == 1:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    place = PartitionSpec(*others, _mesh_axes(mesh, axis, x.shape[-1]))
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+def shards(axis: str, size: int) -> int:
+    """How many parts an axis of this letter and size is cut into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = None if mesh.empty else _mesh_axes(mesh, axis, size)
+    names = (names,) if isinstance(names, str) else names or ()
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def over_rows(f: Callable[..., Any], whole: Any, *rows: Any, sums: bool = False) -> Any:
+    """f(whole, *rows), every device with its own rows; without a mesh, or where its devices do
+    not divide the rows, just that.
+
+    whole: arrays that every device gets all of, along the axes that part the rows. rows: trees of
+    arrays that lead with R, as what f returns does. sums: f returns (terms, rows), and the terms
+    of all devices are added, once.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if shards("R", count) == 1 or any(kinds[name] != AxisType.Auto for name in RULES["R"]):
+        return f(whole, *rows)
+
+    def own(whole: Any, *rows: Any) -> Any:
+        if not sums:
+            return f(whole, *rows)
+        terms, out = f(whole, *rows)
+        return jax.lax.psum(terms, RULES["R"]), out
+
+    place = PartitionSpec(RULES["R"])
+    spread = jax.shard_map(
+        own,
+        in_specs=(PartitionSpec(), *[place] * len(rows)),
+        out_specs=(PartitionSpec(), place) if sums else place,
+        axis_names=set(RULES["R"]),
+        check_vma=False,
+    )
+    return jax.jit(spread)(whole, *rows)
 
 
 def row_multiple(mesh: jax.sharding.Mesh) -> int:

@@ -21,7 +21,7 @@ from etils import epath
 from dpo_jax.data.loader import sequential
 from dpo_jax.logprobs import ROUNDED, token_logps
 from dpo_jax.metrics import progress
-from dpo_jax.parallel import own_bytes, row_multiple, shard_batch
+from dpo_jax.parallel import on_host, own_bytes, row_multiple, shard_batch
 from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
 
 TOKENS = 2**20  # scored tokens of a part
@@ -104,7 +104,7 @@ def fingerprint(params: Params, dtype: str) -> str:
     """8 hex digits of weights and precision, whatever mesh the weights lie on."""
     whole = hashlib.sha256(dtype.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        sums = jax.device_get(_sums(leaf))
+        sums = on_host(_sums(leaf))
         whole.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}{sums}".encode())
     return whole.hexdigest()[:8]
 
@@ -143,7 +143,7 @@ def live(
     run = _compiled(model)
     count = -(-len(groups) // step)
     for _, batch in zip(progress(range(count), "ask the reference"), batches, strict=True):
-        yield _by_response(batch, jax.device_get(run(reference, shard_batch(mesh, batch))), groups)
+        yield _by_response(batch, on_host(run(reference, shard_batch(mesh, batch))), groups)
 
 
 @lru_cache(maxsize=8)

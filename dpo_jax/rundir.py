@@ -158,11 +158,16 @@ def load_weights(home: epath.Path, shapes: Params, mesh: jax.sharding.Mesh) -> P
 
 def heads(home: epath.Path, shapes: Params) -> Params:
     """Shapes of what the weights of a run hold beside those of its decoder, which has `shapes`."""
-    found = {}
-    for name, text in Checkpoints(home / "weights").leaves().items():
+    found: Params = {}
+    for path, text in Checkpoints(home / "weights").leaves().items():
+        *bodies, name = path.split("/")  # a critic is a body with a head of its own
+        if path.partition("/")[0] in shapes:
+            continue
         kind, _, sizes = text.rstrip("]").partition("[")
-        if "/" not in name and name not in shapes:
-            found[name] = jax.ShapeDtypeStruct([int(size) for size in sizes.split(",")], kind)
+        tree = found
+        for body in bodies:
+            tree = tree.setdefault(body, {})
+        tree[name] = jax.ShapeDtypeStruct([int(size) for size in sizes.split(",") if size], kind)
     return found
 
 
@@ -188,7 +193,9 @@ def new_file(path: str | None) -> epath.Path | None:
 
 
 def write(path: epath.Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; the first process does."""
+    if jax.process_index():
+        return
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text)
     beside.replace(path)

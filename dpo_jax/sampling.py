@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.parallel import letters
+from dpo_jax.parallel import letters, on_host
 from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
@@ -77,7 +77,7 @@ def sample(
         record_B[: len(part)], first_B[: len(part)] = numbers[here], starts[here]
         cuts = (ALL if vocabulary is None else vocabulary, temperature, top_k, top_p)
         drawn = run(params, tokens_BP, length_B, record_B, first_B, key, *cuts)
-        drawn_BKM, logp_BKM = jax.device_get(drawn)
+        drawn_BKM, logp_BKM = on_host(drawn)
         tokens.append(drawn_BKM[: len(part)])
         logps.append(logp_BKM[: len(part)])
     return _trimmed(np.concatenate(tokens), np.concatenate(logps), eos)

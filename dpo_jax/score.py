@@ -29,7 +29,7 @@ from dpo_jax.data.loader import sequential
 from dpo_jax.logprobs import ROUNDED, per_response, response_lengths, token_logps
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
-from dpo_jax.parallel import abstract, row_multiple, shard_batch
+from dpo_jax.parallel import abstract, on_host, row_multiple, shard_batch
 from dpo_jax.structs import (
     BadInput,
     Batch,
@@ -217,7 +217,7 @@ def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray
             rows_multiple=row_multiple(mesh),
         )
         for batch in batches:
-            values = jax.device_get(columns(judge.run.params, reference, shard_batch(mesh, batch)))
+            values = on_host(columns(judge.run.params, reference, shard_batch(mesh, batch)))
             for name, x_RGK in values.items():
                 rows = found.setdefault(name, [None] * len(groups))
                 for row, slot in zip(*np.nonzero(batch.record_RG >= 0), strict=True):

@@ -22,7 +22,7 @@ from dpo_jax.experiment import Experiment
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models import attention
-from dpo_jax.parallel import abstract, shard_batch, shardings
+from dpo_jax.parallel import abstract, on_host, shard_batch, shardings
 from dpo_jax.structs import Algorithm, Batch, Group, Metrics, Params, TrainState
 
 SKIPS = 10  # consecutive updates without a finite gradient after which a run stops
@@ -286,7 +286,7 @@ class Stepper:
         means = {name: value / updates for name, value in total.items()}
         self._state = replace(state, step=following)
         means["skipped"] = values["skipped"]  # counted on from update to update
-        return {**means, **batch.shared}, build.real_tokens(jax.device_get(batch))
+        return {**means, **batch.shared}, build.real_tokens(on_host(batch))
 
     def ready(self, batch: Batch, key: jax.Array) -> Callable:
         """The update compiled for the shapes of a batch."""

@@ -34,6 +34,13 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "where it has one)",
         },
         "--text": {"action": "store_true", "help": "what is typed or piped in is plain text"},
+        "--best-of": {
+            "type": int,
+            "default": 1,
+            "metavar": "N",
+            "help": "print of every N responses the one that the first of evaluation.rewards puts "
+            "highest (1)",
+        },
     },
     "score": {
         "--reference": {

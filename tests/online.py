@@ -72,10 +72,14 @@ def groups() -> list[Group]:
     ]
 
 
+def asking(step_groups: int, *, steps: int) -> Loader:
+    """Batches of prompts, each as often as the others."""
+    return Loader(groups(), step_groups=step_groups, row_tokens=64, seed=0, steps=steps)
+
+
 def asked(step_groups: int = 8, *, step: int = 0) -> Batch:
-    """A batch of prompts, each as often as the others."""
-    loader = Loader(groups(), step_groups=step_groups, row_tokens=64, seed=0, steps=step + 1)
-    return loader.batch(step)
+    """One of them."""
+    return asking(step_groups, steps=step + 1).batch(step)
 
 
 def bound(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import losses
-from dpo_jax.losses.advantage import gae, group_normalized, leave_one_out
+from dpo_jax.losses.advantage import gae, group_normalized, leave_one_out, whitened
 
 f32 = partial(np.asarray, dtype=np.float32)
 
@@ -53,6 +53,66 @@ def test_recorded_gae_of_rlax(vectors, lam):
             found.extend(gae(*arrays, gamma=gamma, lam=inputs["lambda_"])[0])
             start = end
         np.testing.assert_allclose(found, entry["expected"][b], **entry["tol"])
+
+
+def ours(row, lam, last=None):
+    """Returns of (rewards, discounts, values behind each step), a discount g_t a step:
+
+        G_t = r_t + g_t ((1 - lam) V_t + lam G_{t+1}),   G_T = r_T + g_T V_T
+
+    With D_t the product of the discounts before t, D G is the return to rewards D r and values
+    D V without a discount: `gae` with gamma = 1 and the value of what comes first added. `last`:
+    which steps there are, so that the one behind it is bootstrapped.
+    """
+    reward, discount, value = (np.array(x)[:last] for x in row)
+    scale = np.cumprod([1.0, *discount])
+    paid, before = scale[:-1] * reward, np.array([0.0, *(scale[1:] * value)[:-1]])
+    paid[-1] += scale[-1] * value[-1]
+    arrays = (f32(x)[None] for x in (paid, before, np.ones(len(paid))))
+    return (np.asarray(gae(*arrays, gamma=1.0, lam=lam))[0] + before) / scale[:-1]
+
+
+def test_recorded_returns_of_rlax(vectors):
+    """Mixed by lambda, to the end, and of three steps."""
+    entry = vectors["rlax_lambda_returns"]
+    names = ("r_t", "discount_t", "v_t")
+    rows = zip(*(entry["inputs"][name] for name in names), strict=True)
+    found = [ours(row, entry["inputs"]["lambda_"]) for row in rows]
+    np.testing.assert_allclose(found, entry["expected"], **entry["tol"])
+
+    entry = vectors["rlax_discounted_returns"]
+    inputs = entry["inputs"]
+    for b, bootstrap in enumerate(inputs["bootstrap"]):
+        row = (inputs["r_t"][b], inputs["discount_t"][b], [0, 0, 0, 0, bootstrap])
+        found = ours(row, 1.0)
+        np.testing.assert_allclose(found, entry["expected"][b], **entry["tol"])
+
+    entry = vectors["rlax_n_step_returns_n3"]
+    for b, expected in enumerate(entry["expected"]):
+        row = [entry["inputs"][name][b] for name in names]
+        tails = [[column[t:] for column in row] for t in range(len(expected))]
+        found = [ours(tail, 1.0, last=entry["inputs"]["n"])[0] for tail in tails]
+        np.testing.assert_allclose(found, expected, **entry["tol"])
+
+
+def test_recorded_variance_of_tunix(vectors):
+    """`whitened` divides by its root: what a gap of 1 becomes says it."""
+    entry = vectors["tunix_masked_mean"]
+    x, mask, expected = f32(entry["inputs"]["x"]), f32(entry["inputs"]["mask"]), entry["expected"]
+    for rows, name in [(slice(None), "var_bessel"), (slice(1), "var_1d_first_row")]:
+        found = np.asarray(whitened(x[rows], mask[rows], eps=0.0))
+        np.testing.assert_allclose((found[0, 1] - found[0, 0]) ** -2, expected[name], rtol=1e-5)
+        there = mask[rows] == 1
+        mean = x[rows][there].mean()
+        np.testing.assert_allclose(
+            found[there], (x[rows][there] - mean) / np.sqrt(expected[name]), **entry["tol"]
+        )
+    # a mean of every row, each with a measure of its own
+    means = [
+        np.sum(losses.measure.token_mean(m[None]) * row[None])
+        for row, m in zip(x, mask, strict=True)
+    ]
+    np.testing.assert_allclose(means, expected["axis1"], **entry["tol"])
 
 
 def test_constant_reward(closed_forms):

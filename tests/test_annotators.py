@@ -12,11 +12,14 @@ from dpo_jax.worlds import annotators
 from dpo_jax.worlds.annotators import (
     Label,
     agreement,
+    best,
+    best_and_worst,
     bradley_terry,
     flips,
     length_bias,
     noiseless,
     plackett_luce,
+    ranked,
     thumbs,
     ties,
 )
@@ -88,6 +91,26 @@ def test_bradley_terry_tends_to_noiseless():
     for seed in range(20):  # the tie of SCORES falls as the shared luck wants
         cold = bradley_terry(BOTH, np.random.default_rng(seed), temperature=1e-6)
         assert cold == noiseless(BOTH, np.random.default_rng(seed))
+
+
+def test_ranked_is_plackett_luce_without_noise_and_equal_scores_are_a_coin_toss():
+    """Of SCORES the first and the last are equal, so there are two rankings."""
+    found = [ranked(BOTH, np.random.default_rng(seed)) for seed in range(200)]
+    assert {label.order for (label,) in found} == {(2, 0, 3, 1), (2, 3, 0, 1)}
+    assert all(label.p == 0.5 for (label,) in found)
+    cold = plackett_luce(BOTH, np.random.default_rng(0), temperature=1e-6)
+    assert cold[0].p == pytest.approx(0.5) and cold[0] in [label for (label,) in found]
+    ahead = sum(label.order[1] == 0 for (label,) in found)
+    assert abs(ahead - 100) <= BOUND * math.sqrt(200 / 4)
+    assert ranked(np.full((3, 1), 0.3), np.random.default_rng(0)) == []
+
+
+def test_the_best_alone_and_before_the_worst():
+    rng = np.random.default_rng(0)
+    assert best_and_worst(BOTH, rng) == [Label((2, 1), 1.0)]
+    assert best(BOTH, rng) == [Label((2,), 1.0)]
+    assert best_and_worst(np.full((3, 1), 0.3), rng) == []
+    assert best(np.full((3, 1), 0.3), rng) == [Label((0,), 1.0)]
 
 
 def test_scores_matter_by_their_differences_and_the_temperature_scales_them():

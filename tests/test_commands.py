@@ -14,7 +14,7 @@ from trained import CHATML
 import dpo_jax
 from dpo_jax import cli
 from dpo_jax.commands import names_model
-from dpo_jax.experiment import Evaluation
+from dpo_jax.experiment import Evaluation, load
 from dpo_jax.export import export
 from dpo_jax.structs import BadInput
 from dpo_jax.train import Result
@@ -29,6 +29,18 @@ class Terminal(io.StringIO):
 def sft(place: Path) -> Result:
     Path("sft.py").write_text("from tiny_runs import SFT as EXPERIMENT\n")
     return dpo_jax.run(SFT)
+
+
+@pytest.fixture(scope="module")
+def worth(sft) -> Result:
+    """A run whose evaluation has prompts and a reward."""
+    Path("worth.py").write_text(
+        "from dataclasses import replace\nfrom functools import partial\nimport tiny_runs\n"
+        "from dpo_jax.experiment import Evaluation\nfrom dpo_jax.worlds import sentiment\n"
+        "EXPERIMENT = replace(tiny_runs.SFT, evaluation=Evaluation(max_tokens=9, "
+        "prompts=partial(sentiment.prompts, n=4, seed=5), rewards=(tiny_runs.words,)))\n"
+    )
+    return dpo_jax.run(load("worth.py").EXPERIMENT)
 
 
 @pytest.fixture
@@ -110,9 +122,23 @@ EXPERIMENT = replace(SFT, name="texts", run=replace(SFT.run, steps=1), data=Data
     assert row["prompt"] == "why"
 
 
+def test_the_best_of_several(worth, say):
+    """Of the samples that are printed without --best-of, three by three, the longest."""
+    rows = say("", "worth.py", "evaluation.samples=6")
+    best = say("", "worth.py", "evaluation.samples=2", "--best-of", "3")
+    assert len(rows) == 24 and len(best) == 8
+    for i, row in enumerate(best):
+        some = rows[3 * i : 3 * i + 3]
+        assert row in some and row["words"] == max(each["words"] for each in some)
+    assert sum(row["words"] for row in best) > sum(row["words"] for row in rows) / 3
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["worth.py", "--best-of", "0"], "--best-of 0: give 1 or more"),
+        (["sft.py", "--best-of", "4"], "--best-of 4: give 1 or more, and evaluation.rewards"),
+        (["worth.py", "--best-of", "4", "evaluation.prompts=-"], "rewards read records"),
         (["sft.py"], "no prompts: give evaluation.prompts=FILE.jsonl, or a prompt a line"),
         (["sft.py", "--chat"], "no chat template"),
         (["sft.py", "--chat", "--text"], "give one of them"),
@@ -123,7 +149,7 @@ EXPERIMENT = replace(SFT, name="texts", run=replace(SFT.run, steps=1), data=Data
         (["sft.py", "FILE"], "'FILE' is no override"),
     ],
 )
-def test_what_cannot_be_sampled_is_one_line(sft, monkeypatch, capsys, words, said):
+def test_what_cannot_be_sampled_is_one_line(sft, worth, monkeypatch, capsys, words, said):
     Path("reward.py").write_text("from test_reward_run import REWARD as EXPERIMENT\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a line\n" if "--chat" in words else "\n"))
     assert cli.main(["sample", *words]) == 2

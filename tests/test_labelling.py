@@ -10,7 +10,7 @@ import pytest
 from dpo_jax.data.sources import read
 from dpo_jax.evaluate import Completions
 from dpo_jax.labelling import labelled
-from dpo_jax.worlds.annotators import Label, noiseless, plackett_luce, thumbs, ties
+from dpo_jax.worlds.annotators import Label, best, noiseless, plackett_luce, thumbs, ties
 
 SCORES = [3.0, 1.0, 2.0, 0.0]
 LENGTHS = [1.0, 1.0, 5.0, 7.0]
@@ -112,9 +112,17 @@ def test_judgements_stand_alone():
     assert found[2]["scores"] == {"true": [2.0], "length": [5.0]} and found[2]["p"] == 1.0
 
 
+def test_the_best_alone_is_text_to_imitate():
+    """Nothing is left where the best was cut: another in its place would be another policy's."""
+    (row,) = rows(drawn(list("abcd")), best)
+    assert row["completion"] == "a" and row["scores"]["true"] == [3.0] and "label" not in row
+    assert rows(drawn(list("abcd"), cut=(0,)), best) == []
+
+
 @pytest.mark.parametrize(
     ("annotator", "fields"),
     [
+        (best, {"p"}),
         (noiseless, {"p"}),
         (partial(ties, threshold=1.0), {"p", "soft_label"}),
         (plackett_luce, {"p"}),

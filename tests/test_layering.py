@@ -24,6 +24,7 @@ LAYERS = (
     {"structs"},
     {"losses", "data", "parallel"},
     {"models", "worlds"},
+    {"head"},
     {"logprobs"},
     {"sampling", "optim", "checkpoint", "metrics", "agreement"},
     {"refcache"},

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
-from tiny import CONFIG, MODEL, groups, relative_error
+from tiny import CONFIG, MODEL, equations, groups, relative_error
 
-from dpo_jax import logprobs, losses
+from dpo_jax import head, losses
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import (
@@ -30,7 +29,7 @@ STATE = TrainState(jnp.int32(0), PARAMS, None, {}, jnp.int32(0))
 
 def small_chunks(monkeypatch, batch, tokens: int):
     """Let the head hold `tokens` columns of scored tokens at a time."""
-    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", tokens * batch.tokens_RT.shape[0] * CONFIG.V)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", tokens * batch.tokens_RT.shape[0] * CONFIG.V)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 10_000])
@@ -60,18 +59,11 @@ def test_the_head_never_holds_all_logits(monkeypatch):
 
     shapes = {
         aval.shape
-        for equation in _equations(jax.make_jaxpr(jax.grad(total))(PARAMS).jaxpr)
+        for equation in equations(jax.make_jaxpr(jax.grad(total))(PARAMS).jaxpr)
         for aval in (variable.aval for variable in equation.outvars)
     }
     largest = max(int(np.prod(shape)) for shape in shapes if shape and shape[-1] == CONFIG.V)
     assert largest <= 4 * R * CONFIG.V < R * N * CONFIG.V
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from _equations(inner)
 
 
 @pytest.mark.parametrize("loss", [partial(losses.dpo, beta=0.1), partial(losses.nll, per="token")])

@@ -13,12 +13,14 @@ import pytest
 from tiny import relative_error
 
 from dpo_jax import losses
+from dpo_jax.algorithms.on_policy import token_facts
+from dpo_jax.algorithms.penalty import Penalty
 from dpo_jax.algorithms.policy import grpo, policy_gradient, reinforce, rloo, score_function
 from dpo_jax.algorithms.ppo import ppo
 from dpo_jax.data.packing import pack
 from dpo_jax.logprobs import naive_token_logps, per_response
 from dpo_jax.losses.advantage import group_normalized
-from dpo_jax.losses.measure import fixed_length
+from dpo_jax.losses.measure import fixed_length, sequence_mean, token_mean
 from dpo_jax.structs import precise
 from dpo_jax.train import make_update
 from dpo_jax.worlds import enumerable
@@ -64,23 +66,20 @@ def sampled_gradients(algorithm, params, draws: int, step_groups: int = 64) -> n
     return np.stack(found)
 
 
+WITHOUT_STD = partial(
+    grpo,
+    **COMMON,
+    advantage=partial(group_normalized, std=False),
+    measure=fixed_length(1),
+    kl=losses.kl_k1,
+    kl_in="reward",
+)
 ESTIMATES = {
     "reinforce": (partial(reinforce, **COMMON, n=2), 1.0),
     "rloo": (partial(rloo, **COMMON), 1.0),
     "rloo with clipped ratios": (partial(rloo, **COMMON, loss=losses.clipped_surrogate), 1.0),
     # the mean of the group counts the response itself
-    "grpo without std": (
-        partial(
-            grpo,
-            **COMMON,
-            n=4,
-            advantage=partial(group_normalized, std=False),
-            measure=fixed_length(1),
-            kl=losses.kl_k1,
-            kl_in="reward",
-        ),
-        3 / 4,
-    ),
+    "grpo without std": (partial(WITHOUT_STD, n=4), 3 / 4),
 }
 
 
@@ -122,6 +121,60 @@ def divergences(params, other):
     return jnp.sum(jnp.exp(p) * (p - q), -1), jnp.sum(jnp.exp(q) * (q - p), -1)
 
 
+def by_token(x_RGK, batch):
+    """A value of every response at each of its tokens, x_RN."""
+    assert batch.end_RGK.shape[1] == 1
+    x_RN = jnp.take_along_axis(x_RGK[:, 0], jnp.maximum(batch.slot_RN, 0), axis=1)
+    return np.where(batch.slot_RN >= 0, x_RN, 0)
+
+
+def met(params):
+    """All responses, each as often as the policy says it."""
+    batch = listed_batch()
+    logp_RN = naive_token_logps(online.MODEL, params, batch)
+    ref_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
+    weight_RN = by_token(jnp.exp(per_response(logp_RN, batch)), batch)
+    return replace(batch, weight_RN=weight_RN, ref_logp_RN=np.asarray(ref_RN))
+
+
+def pulled(params, batch, kl, kl_in) -> np.ndarray:
+    """The gradient of an objective with this KL."""
+    algorithm = policy_gradient(
+        online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in=kl_in, loss=score_function
+    )
+    gradient = jax.grad(algorithm.objective, has_aux=True)
+    return flat(gradient(params, online.FROZEN, {}, batch, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("kl", "alone", "with_loss"),
+    [
+        (losses.kl_k1, True, True),
+        (losses.kl_k2, False, False),
+        (losses.kl_k3, False, True),
+        (losses.kl_abs, False, False),
+        (losses.kl_exact, False, True),
+    ],
+)
+def test_what_a_kl_in_the_reward_pulls_to(kl, alone, with_loss):
+    """Its gradient, every response listed, is that of KL(policy, reference) for k1 and no other;
+    of an unbiased estimate it is once that of the loss is added, which is what it lacks."""
+    params = online.away()
+    batch, penalty = met(params), Penalty(1.0, kl, "reward")
+    found = token_facts(online.MODEL, params, online.FROZEN, batch, temperature=1.0)
+    price_RGK = per_response(penalty.tokens(found, found.ref_logp_RN), batch)
+    charged = replace(batch, advantage_RN=-by_token(price_RGK, batch))
+    reward, loss = pulled(params, charged, kl, "reward"), pulled(params, batch, kl, "loss")
+    ref_BK = jnp.float32(online.WORLD.ref_logp_BK)
+    wanted = flat(jax.grad(lambda x: jnp.sum(enumerable.kl(online.logps(x), ref_BK)))(params))
+
+    def off(gradient: np.ndarray) -> float:
+        return float(np.linalg.norm(gradient - wanted) / np.linalg.norm(wanted))
+
+    for gradient, right in ((reward, alone), (reward + loss, with_loss)):
+        assert off(gradient) < 1e-3 if right else off(gradient) > 0.1
+
+
 @pytest.mark.parametrize(
     ("kl", "pull"),
     [
@@ -135,20 +188,8 @@ def test_what_a_kl_in_the_loss_pulls_to(kl, pull):
     """Its gradient, every response listed, is that of a KL at every token that the policy meets,
     however it came there: KL(policy, reference) for k2 and exact, the other way round for k3,
     none for k1."""
-    params, batch = online.away(), listed_batch()
-    logp_RN = naive_token_logps(online.MODEL, params, batch)
-    met_RGK = jnp.exp(per_response(logp_RN, batch))  # the probability of each response
-    K = met_RGK.shape[-1]
-    assert batch.end_RGK.shape[1] == 1
-    met_RN = jnp.take_along_axis(met_RGK[:, 0], jnp.maximum(batch.slot_RN % K, 0), axis=1)
-    weight_RN = np.where(batch.slot_RN >= 0, met_RN, 0)
-    ref_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
-    batch = replace(batch, weight_RN=weight_RN, ref_logp_RN=np.asarray(ref_RN))
-    algorithm = policy_gradient(
-        online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in="loss", loss=score_function
-    )
-    gradient = jax.grad(algorithm.objective, has_aux=True)
-    found = flat(gradient(params, online.FROZEN, {}, batch, None)[0])
+    params, batch = online.away(), met(online.away())
+    found, weight_RN = pulled(params, batch, kl, "loss"), batch.weight_RN
     if pull is None:
         np.testing.assert_allclose(found, 0, atol=1e-5)
         return
@@ -159,6 +200,36 @@ def test_what_a_kl_in_the_loss_pulls_to(kl, pull):
     wanted = flat(jax.grad(expected)(params))
     assert np.linalg.norm(wanted) > 0.1
     np.testing.assert_allclose(found, wanted, atol=float(1e-4 * np.linalg.norm(wanted)))
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "clipped"),
+    [
+        (token_mean, (-1.2 - 1 - 1 + 1.6) / 4, 2 / 4),  # DAPO; BNPO where a step is one batch
+        (sequence_mean, ((-1.2 - 1 - 1) / 3 + 1.6) / 2, (1 / 3 + 1) / 2),  # GRPO
+        (fixed_length(5), (-1.2 - 1 - 1 + 1.6) / (2 * 5), 2 / 4),  # Dr. GRPO
+    ],
+    ids=["token mean", "sequence mean", "fixed length"],
+)
+def test_clips_and_aggregations_by_hand(measure, value, clipped):
+    """Three tokens of advantage 1 under ratios 1.5, 1, 1: the first stops at 1.2. One token of
+    advantage -2 under 0.5: its loss is 2 * 0.8, not 2 * 0.5, and stands still."""
+    free: dict[str, Any] = {**COMMON, "beta": 0.0}
+    algorithm = grpo(online.MODEL, **free, measure=measure)
+    batch = pack([(np.array([0]), [np.array([1, 2, 1]), np.array([0])])], row_tokens=6)
+    logp_RN = naive_token_logps(online.MODEL, online.REFERENCE, batch)
+    first_RN, second_RN = (np.asarray(batch.slot_RN) == k for k in (0, 1))
+    ratio_RN = np.where(second_RN, 0.5, 1.0)
+    ratio_RN[0, np.flatnonzero(first_RN)[0]] = 1.5
+    batch = replace(
+        batch,
+        advantage_RN=np.where(first_RN, 1.0, -2.0).astype(np.float32),
+        old_logp_RN=np.asarray(logp_RN - np.log(ratio_RN), np.float32),
+    )
+    batch = algorithm.measure(batch)
+    found, metrics = algorithm.objective(online.REFERENCE, {}, {}, batch, None)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/clipfrac_avg"], clipped, rtol=1e-5)
 
 
 def test_equal_groups_weigh_nothing_where_they_are_skipped():
@@ -183,35 +254,44 @@ def test_equal_groups_weigh_nothing_where_they_are_skipped():
     assert relative_error(jax.tree.map(lambda x: x * share, skipped), plain) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        partial(rloo, **COMMON, n=8),
-        partial(ppo, **COMMON, n=8, passes=2, value_weight=0.5, lam=1.0),
-    ],
-    ids=["rloo", "ppo"],
-)
-def test_the_rlhf_objective_is_approached(algorithm):
-    """In a hundred steps of 256 responses: (J* - J) / (J* - J(reference))."""
-    steps, world = 100, online.WORLD
-    bound = online.bound(algorithm(online.MODEL), step_groups=32)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.01, steps))
+TRAINED = {
+    "reinforce": partial(reinforce, **COMMON, n=4),
+    "rloo": partial(rloo, **COMMON, n=4),
+    "grpo without std": partial(WITHOUT_STD, n=8),
+    # lam < 1 lets errors of the value into the gradient: at 0.5 1.9% are left
+    "ppo": partial(ppo, **COMMON, n=4, passes=2, value_weight=0.5, lam=1.0),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_rlhf_objective_is_reached(name):
+    """In 300 steps of 16 prompts: (J* - J) / (J* - J(reference)) is 2% at most.
+
+    What is left is the way through the weights, not the samples: as many steps along the exact
+    gradient leave 0.7%.
+    """
+    algorithm, steps = TRAINED[name](online.MODEL), 300
+    bound, prompts = (
+        online.bound(algorithm, step_groups=16),
+        online.asking(16, steps=steps),
     )
+    rate = optax.cosine_decay_schedule(0.006, steps * bound.passes)
+    tx = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(rate))
     state = online.started(bound)
     state = replace(state, opt_state=tx.init(state.params))
     update, measure = jax.jit(make_update(bound, tx)), jax.jit(bound.measure)
     for step in range(steps):
         key = jax.random.fold_in(jax.random.key(0), step)
-        prompts = online.asked(32, step=step)
-        batch, memory = bound.collect(state, online.FROZEN, prompts, key)
+        batch, memory = bound.collect(state, online.FROZEN, prompts.batch(step), key)
         state = replace(state, memory=memory)
+        part = measure(replace(batch, shared={}))
         for _ in range(bound.passes):
-            state, _ = update(state, online.FROZEN, measure(replace(batch, shared={})), key)
+            state, _ = update(state, online.FROZEN, part, key)
+    world = online.WORLD
 
     def value(logp_BK):
         return float(enumerable.objective(logp_BK, world.ref_logp_BK, world.reward_BK, BETA).mean())
 
     best, first = value(world.optimal_policy(BETA)), value(world.ref_logp_BK)
     gap = (best - value(np.asarray(online.logps(state.params)))) / (best - first)
-    assert 0 <= gap < 0.05
+    assert 0 <= gap <= 0.02

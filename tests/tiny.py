@@ -1,6 +1,6 @@
 """Small models and groups that several tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,16 @@ def relative_error(tree, other) -> float:
         jax.device_get(other),
     )
     return max(jax.tree.leaves(differences))
+
+
+def equations(jaxpr) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs inside of them too."""
+    from jax.extend.core import jaxprs_in_params
+
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def descend(loss: Callable[[Any], Any], params: Any, *, steps: int, rate: float) -> Any:

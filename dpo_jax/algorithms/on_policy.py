@@ -99,7 +99,7 @@ def completed(
         values["objective/kl_coef"] = float(penalty.coefficient(memory))
     known = {"old_logp_RN": found.logp_RN, "ref_logp_RN": found.ref_logp_RN}
     shared = {name: np.float32(value) for name, value in values.items()}
-    host = replace(jax.device_get(rollout.batch), **jax.device_get(known), **columns, shared=shared)
+    host = replace(rollout.batch, **known, **columns, shared=shared)
     memory = penalty.adapted(memory, values.get("objective/kl", 0.0), score_BK.size)
     return shard_batch(sampler.context.mesh, host), memory
 

@@ -43,6 +43,7 @@ from dpo_jax.logprobs import ROUNDED, TokenStatistics
 from dpo_jax.losses.advantage import batch_leave_one_out, group_normalized, leave_one_out
 from dpo_jax.losses.measure import fixed_length, sequence_mean, token_mean
 from dpo_jax.losses.needs import name_of, parts_of
+from dpo_jax.parallel import on_host, shard_batch
 from dpo_jax.structs import (
     Algorithm,
     Array,
@@ -192,7 +193,8 @@ def _collect(
 ) -> tuple[Batch, Memory]:
     """A rollout with its log-probs and advantages."""
     rollout = sampler(join(state.params, frozen), batch, key)
-    found = facts(state.params, frozen, rollout.batch)
+    rows = shard_batch(sampler.context.mesh, rollout.batch)
+    found = on_host(facts(state.params, frozen, rows))
     score_BK, penalty = rollout.scores.total_BK, plan.penalty
     price_BKM = priced(penalty, state.memory, rollout, found)
     charged_BK = score_BK - price_BKM.sum(axis=-1) if penalty.place == "reward" else score_BK

@@ -27,6 +27,7 @@ from dpo_jax.algorithms.rollout import Draw, Reward, Rollout, Sampler, prompts_a
 from dpo_jax.logprobs import ROUNDED, TokenStatistics, readout, scored_hidden
 from dpo_jax.losses.advantage import gae, whitened
 from dpo_jax.losses.measure import token_mean, within
+from dpo_jax.parallel import on_host, shard_batch
 from dpo_jax.structs import (
     Algorithm,
     Array,
@@ -189,7 +190,8 @@ def _collect(
 ) -> tuple[Batch, Memory]:
     """A rollout with its log-probs, values, advantages and returns."""
     rollout = sampler(join(state.params, frozen), batch, key)
-    found = facts(state.params, frozen, rollout.batch)
+    rows = shard_batch(sampler.context.mesh, rollout.batch)
+    found = on_host(facts(state.params, frozen, rows))
     penalty = plan.penalty
     price_BKM = priced(penalty, state.memory, rollout, found)
     value_BKM = rollout.by_response(found.readout_RN)

@@ -8,7 +8,7 @@ it. Arrays named _BK are of responses, _BKM of their tokens, M the most that a r
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ from dpo_jax.data.packing import Bins, Shape, arrangements, lay_out, plan
 from dpo_jax.data.template import response_end
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.losses.needs import name_of
-from dpo_jax.parallel import shard_batch
 from dpo_jax.sampling import Samples, sample
 from dpo_jax.structs import Array, BadInput, Batch, Context, Group, Model, Params
 
@@ -72,7 +71,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Responses in rows. batch: on the mesh. response_RN: b*K + k of every scored token, -1 =
+    """Responses in rows, on the host. response_RN: b*K + k of every scored token, -1 =
     unused; place_RN: how many tokens of its response stand before it."""
 
     batch: Batch
@@ -82,7 +81,8 @@ class Rollout:
     finished_BK: np.ndarray
     length_BK: np.ndarray
     sampled_BKM: np.ndarray  # log-probs as the sampler found them, 0 behind a response
-    tokens: int  # prompts and responses
+    groups: list[Group]  # B prompts with their K responses, as they were drawn
+    texts_BK: list[list[str]]
 
     def by_response(self, x_RN: Array | None) -> np.ndarray:
         """A value of every token as x_BKM, 0 behind a response."""
@@ -101,9 +101,55 @@ class Rollout:
         return np.where(self.response_RN >= 0, x_RN, 0).astype(np.float32)
 
     @property
+    def tokens(self) -> int:
+        """Of prompts and responses."""
+        return sum(group.tokens for group in self.groups)
+
+    @property
     def mask_BKM(self) -> np.ndarray:
         """Which tokens are there."""
         return np.arange(self.sampled_BKM.shape[-1]) < self.length_BK[..., None]
+
+
+class Rows:
+    """Lays the groups of a step out, in as many rows as one of a few fixed counts.
+
+    fullest: response tokens of each group that the longest prompt can make. responses: of a group,
+    at most. groups: of a step, at most; None = any number. minibatches: the parts that the rows are
+    cut in.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        fullest: Sequence[int],
+        *,
+        responses: int,
+        groups: int | None = None,
+        minibatches: int = 1,
+    ):
+        T, lengths = context.row_tokens, [len(group.prompt) for group in context.prompts]
+        full = [max(lengths) + size for size in fullest] * context.step_groups
+        multiple = context.rows_multiple * minibatches
+        self.quarter = _up(-(-len(plan(full, T)) // QUARTERS), multiple)
+        slots = T // (min(lengths) + 1)
+        slots = slots if groups is None else min(slots, groups)
+        self.shape = Shape(self.quarter, T, T - min(lengths), slots, responses)
+
+    def __call__(self, groups: list[Group]) -> tuple[Batch, Bins]:
+        """(batch on the host, the groups that stand in each of its rows)."""
+        sizes = [group.tokens for group in groups]
+        rows, bins = self._fit(sizes, [sum(map(len, group.responses)) for group in groups])
+        numbers = [group.record or 0 for group in groups]
+        return lay_out(groups, bins, self.shape._replace(rows=rows), record_B=numbers), bins
+
+    def _fit(self, sizes: Sequence[int], scored: Sequence[int]) -> tuple[int, Bins]:
+        """The fewest quarters of rows that hold the sizes, and where each stands."""
+        rows = self.quarter
+        while True:
+            for bins in arrangements(sizes, scored, rows, self.shape.tokens):
+                return rows, bins
+            rows += self.quarter
 
 
 class Sampler:
@@ -116,8 +162,7 @@ class Sampler:
     def __init__(self, model: Model, draw: Draw, context: Context, minibatches: int):
         self.model, self.draw, self.context = model, draw, context
         self.prompts = {group.record: group for group in context.prompts}
-        lengths = [len(group.prompt) for group in context.prompts]
-        self.longest, self.shortest = max(lengths), min(lengths)
+        self.longest = max(len(group.prompt) for group in context.prompts)
         self.eos = response_end([r["prompt"] for r in context.records[:1]], context.tokenizer)
         self.vocabulary = vocabulary(context.tokenizer)
         if context.step_groups < minibatches:
@@ -125,10 +170,13 @@ class Sampler:
                 f"data.groups={context.step_groups} prompts a step do not make "
                 f"algorithm.minibatches={minibatches}"
             )
-        full = [self.longest + size for size in self._fullest()] * context.step_groups
-        rows = len(plan(full, context.row_tokens))
-        multiple = context.rows_multiple * minibatches
-        self.quarter = _up(-(-rows // QUARTERS), multiple)
+        self.rows = Rows(
+            context,
+            self._fullest(),
+            responses=draw.n,
+            groups=context.step_groups * draw.n,
+            minibatches=minibatches,
+        )
 
     def _fullest(self) -> list[int]:
         """Response tokens of the pieces of a group whose prompt and responses are the longest."""
@@ -165,7 +213,9 @@ class Sampler:
 
     def _rollout(self, groups: list[Group], drawn: Samples) -> Rollout:
         length_BK = np.array([[len(ids) for ids in ids_K] for ids_K in drawn.responses])
-        host, response_RN = self._rows(groups, drawn.responses, length_BK)
+        answered = zip(groups, drawn.responses, strict=True)
+        groups = [replace(group, responses=ids_K) for group, ids_K in answered]
+        host, response_RN = self._rows(groups)
         prompt_B = np.array([len(group.prompt) for group in groups])
         behind_RN = np.repeat(prompt_B, self.draw.n)[np.maximum(response_RN, 0)]
         position_RN = np.take_along_axis(host.positions_RT, np.asarray(host.source_RN), axis=1)
@@ -173,55 +223,40 @@ class Sampler:
         for b, logps_K in enumerate(drawn.logps):
             for k, logp_M in enumerate(logps_K):
                 sampled_BKM[b, k, : len(logp_M)] = logp_M
+        flat = [ids[ids != self.eos] for ids_K in drawn.responses for ids in ids_K]
+        texts = self.context.tokenizer.batch_decode(flat)
         return Rollout(
-            batch=shard_batch(self.context.mesh, host),
+            batch=host,
             response_RN=response_RN,
             place_RN=np.where(response_RN >= 0, position_RN + 1 - behind_RN, 0),
-            scores=self._scores(groups, drawn),
+            scores=self._scores(groups, texts, drawn.finished),
             finished_BK=drawn.finished,
             length_BK=length_BK,
             sampled_BKM=sampled_BKM,
-            tokens=int((prompt_B + length_BK.sum(axis=1)).sum()),
+            groups=groups,
+            texts_BK=[texts[i : i + self.draw.n] for i in range(0, len(texts), self.draw.n)],
         )
 
-    def _rows(
-        self, groups: list[Group], responses: list[list[np.ndarray]], length_BK: np.ndarray
-    ) -> tuple[Batch, np.ndarray]:
+    def _rows(self, groups: list[Group]) -> tuple[Batch, np.ndarray]:
         """(batch, response_RN): groups whole where they fit a row, else with their prompt said
-        again; as many rows as one of a few fixed counts."""
-        T, n = self.context.row_tokens, self.draw.n
-        cut, numbers = [], []
+        again."""
+        n, cut, numbers = self.draw.n, [], []
         for b, group in enumerate(groups):
-            for piece in pieces(length_BK[b].tolist(), T - len(group.prompt)):
-                answers = [responses[b][k] for k in piece]
-                kept = {"weight": group.weight, "record": group.record}
-                cut.append(Group(group.prompt, answers, **kept))
+            room = self.context.row_tokens - len(group.prompt)
+            for piece in pieces([len(ids) for ids in group.responses], room):
+                cut.append(replace(group, responses=[group.responses[k] for k in piece]))
                 numbers.append([b * n + k for k in piece])
-        sizes = [group.tokens for group in cut]
-        rows, bins = self._fit(sizes, [sum(map(len, group.responses)) for group in cut])
-        slots = min(T // (self.shortest + 1), len(groups) * n)
-        shape = Shape(rows, T, T - self.shortest, slots, n)
-        batch = lay_out(cut, bins, shape, record_B=[group.record or 0 for group in cut])
-        number_RGK = np.full((rows, slots, n), -1)
+        batch, bins = self.rows(cut)
+        number_RGK = np.full(batch.end_RGK.shape, -1)
         for row, members in enumerate(bins):
             for slot, b in enumerate(members):
                 number_RGK[row, slot, : len(numbers[b])] = numbers[b]
         slot_RN = np.maximum(batch.slot_RN, 0)
-        number_RN = np.take_along_axis(number_RGK.reshape(rows, -1), slot_RN, axis=1)
+        number_RN = np.take_along_axis(number_RGK.reshape(len(slot_RN), -1), slot_RN, axis=1)
         return batch, np.where(batch.slot_RN >= 0, number_RN, -1)
 
-    def _fit(self, sizes: Sequence[int], scored: Sequence[int]) -> tuple[int, Bins]:
-        """The fewest quarters of rows that hold the sizes, and where each stands."""
-        T, rows = self.context.row_tokens, self.quarter
-        while True:
-            for bins in arrangements(sizes, scored, rows, T):
-                return rows, bins
-            rows += self.quarter
-
-    def _scores(self, groups: list[Group], drawn: Samples) -> Scores:
-        draw, shape = self.draw, drawn.finished.shape
-        flat = [ids[ids != self.eos] for ids_K in drawn.responses for ids in ids_K]
-        texts = self.context.tokenizer.batch_decode(flat)
+    def _scores(self, groups: list[Group], texts: list[str], finished_BK: np.ndarray) -> Scores:
+        draw, shape = self.draw, finished_BK.shape
         records = [self.context.records[group.record or 0] for group in groups]
         repeated = [record for record in records for _ in range(draw.n)]
         named = {
@@ -230,7 +265,7 @@ class Sampler:
         }
         weights = draw.weights or (1.0,) * len(named)
         total_BK = sum(w * x_BK for w, x_BK in zip(weights, named.values(), strict=True))
-        return Scores(named, np.asarray(total_BK - draw.missing_eos * ~drawn.finished))
+        return Scores(named, np.asarray(total_BK - draw.missing_eos * ~finished_BK))
 
 
 def _counted(batch: Batch, n: int) -> tuple[list[int], list[int]]:
@@ -258,17 +293,20 @@ def pieces(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def prompts_alone(
-    groups: list[Group], row_tokens: int | None = None, *, max_tokens: int
+    groups: list[Group], row_tokens: int | None = None, *, max_tokens: int, together: int = 1
 ) -> list[Group]:
     """The `prepare` of an algorithm that samples: prompts without the responses of the data.
 
-    Errors: BadInput where a prompt and a response of max_tokens do not fit a row.
+    together: responses that must share a row. Errors: BadInput where a prompt and so many of
+    max_tokens do not fit one.
     """
-    longest = max((len(group.prompt) for group in groups), default=0)
-    if row_tokens is not None and longest + max_tokens > row_tokens:
+    prompt = max((len(group.prompt) for group in groups), default=0)
+    longest = prompt + together * max_tokens
+    if row_tokens is not None and longest > row_tokens:
+        responses = "a response" if together == 1 else f"{together} responses"
         raise BadInput(
-            f"a prompt of {longest} tokens and a response of algorithm.max_tokens={max_tokens} "
-            f"take {longest + max_tokens}: data.row_tokens={longest + max_tokens} would do"
+            f"a prompt of {prompt} tokens and {responses} of algorithm.max_tokens={max_tokens} "
+            f"take {longest}: data.row_tokens={longest} would do"
         )
     return [Group(group.prompt, [], weight=group.weight, record=group.record) for group in groups]
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax import build
+from dpo_jax.algorithms.best_of_n import expected_score, kl_bound
 from dpo_jax.evaluate import completions, mean_and_error
 from dpo_jax.experiment import Experiment
 from dpo_jax.metrics import progress
@@ -91,17 +92,13 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
 
 
 def best_of_n(score_BK: np.ndarray) -> Curve:
-    """Mean of the largest of n independent scores, n a power of two up to K / 4.
-
-    KL(best-of-n, reference) <= log n - (n - 1) / n, an equality where no two samples are equal
-    (Beirami et al. 2401.01879).
-    """
-    B, K = score_BK.shape
+    """The mean score of best-of-n without bias, n a power of two up to K / 4, and its bound on
+    KL(best-of-n, reference), which is reached where no two scores are the same."""
+    K = score_BK.shape[1]
     points = []
     for n in (2**i for i in range(1, K.bit_length()) if 2**i <= K // 4):
-        groups = score_BK[:, : K - K % n].reshape(B, -1, n)
-        reward, error = mean_and_error(groups.max(axis=2))
-        points.append(Point(reward, error, float(np.log(n) - (n - 1) / n), 0.0, f"n {n}"))
+        reward, error = mean_and_error(expected_score(score_BK, n)[:, None])
+        points.append(Point(reward, error, kl_bound(n), 0.0, f"n {n}"))
     return Curve("best of n (reference samples)", tuple(points))
 
 

@@ -111,20 +111,25 @@ class Block(nn.Module):
         return norm(x, scale, bias, c.norm_eps)
 
     def product(self, equation: str, x: jax.Array, name: str, bias: bool) -> jax.Array:
-        """x times a weight; what writes to the residual stream starts small."""
+        """x_RT... times a weight; what writes to the residual stream starts small.
+
+        The tokens of all rows stand on one line: summed over two axes, the product that gives the
+        weight's gradient would first transpose all that flows back.
+        """
+        tokens, equation = x.shape[:2], equation.replace("rt", "n")
+        x = x.reshape(-1, *x.shape[2:])
         small = (2 * self.config.L) ** -0.5 if name[-1] == "D" else 1.0
         y = jnp.einsum(equation, x, self.weight(name, small))
         each = low_rank.factors(name)
         if self.lora is not None and self.has_variable("lora", each.a):
             a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in (each.a, each.b))
             y = y + low_rank.delta(equation, x, a, b, self.lora.scale)
-        if not bias:
-            return y
-        stem, _, axes = name.rpartition("_")
-        axes = axes[1:] if axes[-1] != "D" else "D"
-        return y + jnp.broadcast_to(
-            self.leaf(f"{stem}_bias_{axes}", nn.initializers.zeros), y.shape
-        )
+        if bias:
+            stem, _, axes = name.rpartition("_")
+            axes = axes[1:] if axes[-1] != "D" else "D"
+            own = self.leaf(f"{stem}_bias_{axes}", nn.initializers.zeros)
+            y = y + jnp.broadcast_to(own, y.shape)
+        return y.reshape(*tokens, *y.shape[1:])
 
     def attend(self, x_RTD, cache, layer: Layer, shared: Shared):
         c = self.config

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from dpo_jax import parallel
 from dpo_jax.models import families, layout, tensor_file, weights
@@ -219,6 +218,4 @@ def _places(sharding: Any, shapes: Params) -> Params:
 
 def on_host(array: Any, dtype: Any) -> np.ndarray:
     """The whole of an array, which several processes may hold."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array).astype(dtype or array.dtype, copy=False)
+    return np.asarray(parallel.on_host(array)).astype(dtype or array.dtype, copy=False)

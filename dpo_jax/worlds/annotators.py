@@ -48,6 +48,29 @@ def noiseless(scores_KC: np.ndarray, rng: np.random.Generator) -> list[Label]:
     return _labels(first, second, (1 + np.sign(gap)) / 2, rng)
 
 
+def best_and_worst(scores_KC: np.ndarray, rng: np.random.Generator) -> list[Label]:
+    """One pair, the highest score before the lowest; none where all are equal."""
+    score_K = _checked(scores_KC)[:, 0]
+    best, worst = int(score_K.argmax()), int(score_K.argmin())
+    return [Label((best, worst), 1.0)] if score_K[best] > score_K[worst] else []
+
+
+def best(scores_KC: np.ndarray, rng: np.random.Generator) -> list[Label]:
+    """The response of the highest score alone, the first of several: best-of-n, to imitate."""
+    return [Label((int(_checked(scores_KC)[:, 0].argmax()),), 1.0)]
+
+
+def ranked(scores_KC: np.ndarray, rng: np.random.Generator) -> list[Label]:
+    """One ranking of all K by their scores, the limit of plackett_luce at temperature 0; none
+    where all are equal."""
+    score_K = _checked(scores_KC)[:, 0]
+    _, equal = np.unique(score_K, return_counts=True)
+    if len(equal) < 2:
+        return []
+    order = np.lexsort((rng.random(len(score_K)), -score_K))
+    return [Label(tuple(order.tolist()), 1 / math.prod(map(math.factorial, equal.tolist())))]
+
+
 def plackett_luce(
     scores_KC: np.ndarray, rng: np.random.Generator, *, temperature: float = 1.0
 ) -> list[Label]:
