@@ -89,6 +89,8 @@ def plans(
     """
     if rows is not None and rows < 1:
         raise BadInput(f"--rows {rows}: give 1 or more")
+    for name in topologies:
+        devices.check(name)
     targets = [devices.topology(name) for name in topologies] or [devices.local()]
     for target in targets:
         _mesh(experiment, target)  # all are refused before one is compiled

@@ -48,14 +48,17 @@ class Target(NamedTuple):
         return self.devices[0].device_kind
 
 
-def topology(name: str) -> Target:
-    """The devices of a TPU topology, GENERATION:AxB or AxBxC in chips, as v5e:4x4.
-
-    Raises: BadInput for a name that is none, and where libtpu is missing.
-    """
+def check(name: str) -> None:
+    """Raises BadInput for what is not GENERATION:AxB or AxBxC in chips, as v5e:4x4."""
     generation, _, shape = name.partition(":")
     if generation not in GENERATIONS or not _SHAPE.fullmatch(shape):
         raise BadInput(f"--topology {name}: {_remedy(generation, shape)}")
+
+
+def topology(name: str) -> Target:
+    """The devices of a TPU topology. Raises: BadInput as `check`, and where libtpu is missing."""
+    check(name)
+    generation, _, shape = name.partition(":")
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput(
             f"--topology {name} wants libtpu, the compiler for TPUs, which runs without one: "
