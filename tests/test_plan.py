@@ -22,7 +22,7 @@ from dpo_jax.models.transformer import Config
 from dpo_jax.parallel import make_mesh
 from dpo_jax.plan import Plan, planned, plans, smallest, traced
 from dpo_jax.plan.collectives import Sent, collectives
-from dpo_jax.plan.devices import Target
+from dpo_jax.plan.devices import Target, topology
 from dpo_jax.plan.products import Work, products
 from dpo_jax.plan.traced import read
 from dpo_jax.structs import BadInput
@@ -174,6 +174,13 @@ def test_products_in_loops_on_a_mesh():
     assert found.flops == 3 * 3 * 2 * R * D * D / 8
     # x is read or written six times and lies on eight devices, w three times and on two
     assert found.bytes == 3 * 4 * (6 * R * D / 8 + 3 * D * D / 2)
+
+
+def test_the_optimizer_reads_and_writes_weights_and_moments():
+    made = step(DPO)
+    found = products(made.traced.jaxpr, made.of_batch, dict(ALL.shape), blocks=1)
+    # weights, two moments and two counters both ways, gradients one
+    assert plan(DPO).work.bytes - found.bytes == 2 * (3 * 4 * WEIGHTS + 2 * 4) + 4 * WEIGHTS
 
 
 def test_products_in_loops_of_unknown_length():
@@ -352,7 +359,7 @@ def libtpu():
 def test_a_list_of_topologies(libtpu):
     # weights, reference and two moments of 2^19 x 2048 alone are 16 GiB, the memory of a v5e
     wide = Config(V=2**19, D=2048, L=1, H=4, J=4, E=64, F=64)
-    run = replace(DPO.run, mesh=Mesh(1, -1), dtype="bfloat16", remat="full")
+    run = Run(10, mesh=Mesh(1, -1), dtype="bfloat16", remat="full", reference="live")
     large = replace(DPO, model=wide, run=run, data=replace(DPO.data, groups=4, row_tokens=128))
     one, four = plans(large, ["v5e:1x1", "v5e:2x2"], rows=4)
     assert one.devices == 1 and not one.fits and one.sent is None
@@ -362,6 +369,15 @@ def test_a_list_of_topologies(libtpu):
     assert four.sent is not None and four.sent["all-gather"].bytes > 2 * 2**19 * 2048
     assert four.peak == 197e12 and four.bandwidth == 819e9
     assert smallest([one, four]) is four
+
+
+def test_a_tpu_is_planned_with_its_own_attention(libtpu):
+    mesh = make_mesh(devices=topology("v5e:2x2").devices)
+    made = traced.step(DPO, mesh, read(DPO, None))
+    found = products(made.traced.jaxpr, made.of_batch, dict(mesh.shape), blocks=1)
+    # a block is 128 places at the least; backwards three products for queries and four for keys
+    expected = layers(4) + attention(2 + 2 + 7, 128 * 128) + head(5) + angles(2)
+    assert 4 * found.flops == expected and "pallas_call" in str(made.traced.jaxpr)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ ahead of time from shapes: no weights are read or made. Memory is the compiler's
 moved are counted over the program (`products`); collectives are those of the compiled text.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -37,7 +39,8 @@ class Plan:
     held: what stays there from step to step by role, and the batch. needed: the most that is there
     at once, None where the compiler does not say. temporaries: the part of it that is not `held`,
     activations and gradients among it; None where the step does not fit. memory, peak, bandwidth:
-    of the device, None = not known.
+    of the device, None = not known. sent: collectives by kind, None where it does not fit or XLA
+    does not say.
     """
 
     name: str
@@ -118,8 +121,10 @@ def planned(experiment: Experiment, target: Target, data: Data, rows: int | None
     with jax.set_mesh(mesh):
         blocks = -(-made.row_tokens // block_of(made.row_tokens))
         work = products(made.traced.jaxpr, made.of_batch, dict(mesh.shape), blocks)
-        needed, memory, text = _compiled(made, target.memory)
+        work += Work(bytes=made.moved)
+        needed, memory, program = _compiled(made, target)
     spare = None if needed is None or memory is None else memory - needed
+    notes = [*made.notes]
     return Plan(
         name=target.name,
         kind=target.kind,
@@ -127,31 +132,33 @@ def planned(experiment: Experiment, target: Target, data: Data, rows: int | None
         mesh=dict(mesh.shape),
         rows=made.rows,
         row_tokens=made.row_tokens,
-        notes=made.notes,
+        notes=notes,
         held=made.held,
         needed=needed,
-        temporaries=None if text is None or needed is None else needed - sum(made.held.values()),
+        temporaries=None if program is None or needed is None else needed - sum(made.held.values()),
         memory=memory,
         work=work,
         peak=target.peak,
         bandwidth=target.bandwidth,
-        sent=None if text is None else collectives(text),
-        fits=text is not None and (spare is None or spare >= 0),
+        sent=None if program is None else _sent(program, notes),
+        fits=program is not None and (spare is None or spare >= 0),
     )
 
 
 class _Compiled(NamedTuple):
     """What the compiler says. needed: bytes on a device, memory: bytes that it has, None = not
-    known. text: of the program, None where it does not fit."""
+    known. program: None where it does not fit."""
 
     needed: int | None
     memory: int | None
-    text: str | None
+    program: Any
 
 
-def _compiled(made: Step, memory: int | None) -> _Compiled:
+def _compiled(made: Step, target: Target) -> _Compiled:
+    memory = target.memory
     try:
-        compiled = made.traced.lower().compile()
+        with nullcontext() if target.devices[0] in jax.local_devices() else _unkept():
+            compiled = made.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -162,8 +169,29 @@ def _compiled(made: Step, memory: int | None) -> _Compiled:
         return _Compiled(needed, room, None)
     said = compiled.memory_analysis()
     if said is None:
-        return _Compiled(None, memory, compiled.as_text())
+        return _Compiled(None, memory, compiled)
     needed = said.argument_size_in_bytes + said.temp_size_in_bytes
     needed += said.output_size_in_bytes - said.alias_size_in_bytes
     needed += said.generated_code_size_in_bytes
-    return _Compiled(needed, memory, compiled.as_text())
+    return _Compiled(needed, memory, compiled)
+
+
+@contextmanager
+def _unkept() -> Iterator[None]:
+    """Without the compilation cache, which cannot read programs for devices that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _sent(program: Any, notes: list[str]) -> dict[str, Sent] | None:
+    """The collectives of a compiled program; None, and a note, where XLA cannot write it."""
+    try:
+        return collectives(program.as_text())
+    except jax.errors.JaxRuntimeError as error:  # jax 0.10.2 fails at some programs for a v5p
+        notes.append(f"collectives are not known: {str(error).splitlines()[0]}")
+        return None

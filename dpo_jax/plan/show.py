@@ -33,7 +33,8 @@ def table(name: str, found: Sequence[Plan]) -> None:
         shown.add_section()
     console.print(shown)
     for note in dict.fromkeys(note for plan in found for note in plan.notes):
-        console.print(note)
+        names = [plan.name for plan in found if note in plan.notes]
+        console.print(note if len(names) == len(found) else f"{', '.join(names)}: {note}")
     console.print(f"compiled by {versions()}")
     if len(found) > 1:
         best = smallest(found)

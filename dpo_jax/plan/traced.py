@@ -26,11 +26,13 @@ class Data(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One update, traced. held: bytes on one device by role. of_batch: which inputs of the program
-    are of the batch. rows: on all devices. notes: what stands behind the shapes, for people."""
+    """One update, traced. held: bytes on one device by role. moved: bytes there that the optimizer
+    reads and writes. of_batch: which inputs of the program are of the batch. rows: on all devices.
+    notes: what stands behind the shapes, for people."""
 
     traced: Any
     held: dict[str, int]
+    moved: int
     of_batch: list[bool]
     rows: int
     row_tokens: int
@@ -96,6 +98,8 @@ def step(
     return Step(
         traced,
         held | {"batch": parallel.own_bytes(batch)},
+        # weights and moments come and go, gradients come
+        parallel.own_bytes([state.params] * 3 + [state.opt_state] * 2),
         [i == 2 for i, tree in enumerate(arguments) for _ in jax.tree.leaves(tree)],
         shape.rows // algorithm.minibatches,
         shape.tokens,
