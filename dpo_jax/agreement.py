@@ -1,4 +1,5 @@
-"""How well scores agree with the order of the data: accuracy with its interval, ties, margins.
+"""How well scores agree with the order of the data: accuracy with its interval, ties, margins, and
+whether sigmoid(margin) is how often they do.
 
 Chosen is the first response of a record and rejected its last one, as in the metrics of training.
 Responses that stand alone are chosen where their label is 1 and rejected where it is 0.
@@ -8,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 CONFIDENCE = 0.95
-COLUMNS = ("accuracy", "ties", "chosen", "rejected", "margin", "best", "pairs", "tau")
+BINS = 10  # of confidence, equal in width, from 1/2 to 1
+COLUMNS = ("accuracy", "ties", "chosen", "rejected", "margin", "best", "pairs", "tau", "ece")
 WIDTH = 120  # of a table that goes into a file
 Row = dict[str, Any]  # a line of the table
 
@@ -55,7 +57,8 @@ def row(judged: Sequence[Judged], name: str) -> Row:
     a tie counting 0, with low and high, its Wilson interval of 95%; ties: share of them where both
     are equal; chosen, rejected, margin: mean scores. Of rankings also best: share whose best
     response is above all others; pairs: share of a ranking's pairs that are in order, a tie
-    counting 0; tau: Kendall's, those in order less those that are not, over all pairs.
+    counting 0; tau: Kendall's, those in order less those that are not, over all pairs. ece: the
+    expected calibration error of `reliability`, over all pairs of a record that its data orders.
     Responses that stand alone are compared over all pairs of one with label 1 and one with label
     0, which has no such interval.
     """
@@ -73,7 +76,62 @@ def row(judged: Sequence[Judged], name: str) -> Row:
     found |= _sides(first_B, last_B)
     if any(len(each.scores) > 2 for each in ordered):
         found |= _ranked(ordered)
+    gap_B = gaps(ordered)
+    return found | ({"ece": calibration_error(gap_B)} if gap_B.any() else {})
+
+
+class Bin(NamedTuple):
+    """Pairs whose confidence lies in (floor, ceiling]: how many, the mean of their confidence, and
+    the share in order with its Wilson interval."""
+
+    floor: float
+    ceiling: float
+    n: int
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+
+
+def gaps(judged: Sequence[Judged]) -> np.ndarray:
+    """Score of the better less that of the worse for all pairs that the data orders, float64.
+
+    Bradley-Terry and Plackett-Luce both say that such a pair is in order with probability
+    sigmoid(gap).
+    """
+    found = [
+        each.scores[i] - each.scores[j]
+        for each in judged
+        for i, j in combinations(range(len(each.scores)), 2)
+        if each.levels[i] > each.levels[j]
+    ]
+    return np.array(found, np.float64)
+
+
+def reliability(gap_B: np.ndarray) -> list[Bin]:
+    """The bins that are not empty. The confidence of a pair is sigmoid(|gap|); it is in order
+    where its gap is positive. Equal scores take no side and are left out; a pair of a ranking
+    counts as if it stood alone.
+    """
+    gap_B = gap_B[gap_B != 0]
+    confidence_B = 1 / (1 + np.exp(-np.abs(gap_B)))
+    edges = np.linspace(0.5, 1, BINS + 1)
+    bin_B = np.clip(np.searchsorted(edges, confidence_B, side="left") - 1, 0, BINS - 1)
+    found = []
+    for i in np.unique(bin_B).tolist():
+        here_B = bin_B == i
+        share = interval(int((gap_B[here_B] > 0).sum()), int(here_B.sum()))
+        mean = float(confidence_B[here_B].mean())
+        floor, ceiling = edges[i : i + 2].tolist()
+        found.append(Bin(floor, ceiling, int(here_B.sum()), mean, **share))
     return found
+
+
+def calibration_error(gap_B: np.ndarray) -> float:
+    """Guo et al. 1706.04599 eq. 3: sum_bins n_b / n |accuracy_b - confidence_b|."""
+    found = reliability(gap_B)
+    misses = [each.n * abs(each.accuracy - each.confidence) for each in found]
+    return sum(misses) / sum(each.n for each in found)
 
 
 def mean(found: Sequence[Row]) -> Row:

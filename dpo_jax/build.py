@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import parallel, parts, refcache, rundir, sampling
+from dpo_jax import learned, parallel, parts, refcache, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
-from dpo_jax.experiment import Data, Experiment, Sampled, with_numbers
+from dpo_jax.experiment import Data, Experiment, Reward, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
 from dpo_jax.metrics import flops_per_token, local_memory
 from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, join, parted
@@ -26,12 +26,13 @@ HELD_OUT_GROUPS = 128  # groups of one evaluation batch
 
 @dataclass(frozen=True, eq=False)
 class Materials:
-    """What an experiment starts from: its parent's weights and its records."""
+    """What an experiment starts from: its parent's weights, its records, its reward models."""
 
     params: Params | None  # None = drawn from run.seed; {"base"} of a run with lora
     data: Records
     held_out: Records
     prompts: Records
+    rewards: learned.Rewards = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,15 @@ class Setup:
     loader: Loader
     held_out: list[Batch]
     prompts: Records
+    rewards: tuple[Reward, ...]  # of the samples, reward models loaded
+    judges: Params  # weights of the reward models that the algorithm asks
     flops_per_token: float
 
 
 def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Materials:
-    """Parent and records; `run` trains what is missing among parents and sampled data."""
+    """Parent, records and reward models; `run` trains what is missing among them."""
     wanted = experiment.evaluation
+    learned.check(experiment)
     roles = {
         "data.source": experiment.data.source,
         "evaluation.source": wanted.source,
@@ -84,6 +88,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
         data=found["data.source"],
         held_out=found["evaluation.source"],
         prompts=found["evaluation.prompts"],
+        rewards=learned.rewards(experiment, run),
     )
 
 
@@ -107,6 +112,8 @@ def _parents(experiment: Experiment, run: Callable[..., Any]) -> Params | None:
 
 def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Setup:
     """Model, weights, algorithm and batches, on the mesh."""
+    judges = [given.rewards[each].params for each in learned.named(experiment.algorithm)]
+    experiment = learned.plugged(experiment, given.rewards)
     decoder_model = parts.model(experiment)
 
     def bind(numbers: dict[str, Any]) -> Algorithm:
@@ -141,9 +148,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         groups = read_groups(experiment, "evaluation.source", given.held_out, made, algorithm)
         groups = asked(groups)
         held_out = list(held_out_batches(experiment, groups, rows))
-    if given.prompts and decoder_model.places is not None:
-        prompts = template.encode_prompts(given.prompts, made)
-        sampling.check_places(decoder_model, prompts, experiment.evaluation.max_tokens)
+    _check_prompts(experiment, decoder_model, given.prompts, made)
     # copies: the loop donates the policy's arrays
     frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
     start = None
@@ -161,8 +166,17 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         loader=batches,
         held_out=held_out,
         prompts=given.prompts,
+        rewards=experiment.evaluation.rewards,
+        judges=judges,
         flops_per_token=flops,
     )
+
+
+def _check_prompts(experiment: Experiment, model: Model, found: Records, made: Any) -> None:
+    """BadInput where a model with few positions cannot answer the prompts of the evaluation."""
+    if found and model.places is not None:
+        prompts = template.encode_prompts(found, made)
+        sampling.check_places(model, prompts, experiment.evaluation.max_tokens)
 
 
 def _asked(

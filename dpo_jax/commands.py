@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dpo_jax import agreement, build, evaluate, losses, parts, rundir, train
+from dpo_jax import agreement, build, evaluate, learned, losses, parts, reliability, rundir, train
 from dpo_jax import export as exporting
 from dpo_jax import score as scoring
 from dpo_jax.algorithms.preference import preference
@@ -43,6 +43,7 @@ from dpo_jax.models import hf
 from dpo_jax.structs import BadInput
 
 STDIN = "-"
+HELD_OUT = "evaluation.source"
 ENDLESS = 1 << 30  # tokens of a row, where nothing is to be dropped or cut
 
 Overrides = dict[str, str]
@@ -131,7 +132,8 @@ def sample(arguments: Namespace, overrides: Overrides, others: list[str]) -> Non
             raise BadInput("--chat and --text are for prompts from the terminal or a pipe")
         role = "evaluation.prompts"
         asked = build.read_records(role, wanted.prompts, train.run, whole.data)
-        _print(result, wanted, asked, wanted.rewards, best_of)
+        known = learned.rewards(wanted.rewards, train.run)
+        _print(result, wanted, asked, learned.plugged(wanted.rewards, known), best_of)
         return
     if best_of > 1:
         raise BadInput(f"--best-of {best_of}: rewards read records, give evaluation.prompts")
@@ -218,9 +220,8 @@ def _drawn(
 
 def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None:
     """Print the table of a judge over files, and write what is asked for."""
-    if not others:
-        raise BadInput("score: name a file of records, as dpo-jax score EXPERIMENT FILE.jsonl")
-    out, table = (rundir.new_file(path) for path in (arguments.out, arguments.json))
+    written = (arguments.out, arguments.json, arguments.figure)
+    out, table, figure = (rundir.new_file(path) for path in written)
     compared = arguments.reference is not None
     if names_model(arguments.experiment):
         result = untrained(arguments.experiment, overrides, compared=compared)
@@ -228,6 +229,9 @@ def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None
             raise BadInput("--reference-free: a model folder has no reference of its own")
     else:
         result = finished(override(load(arguments.experiment).EXPERIMENT, overrides))
+    held_out = result.experiment.evaluation.source
+    if not others and held_out is None:
+        raise BadInput("score: name a file of records, as dpo-jax score EXPERIMENT FILE.jsonl")
     judge = scoring.judge(
         result,
         reference_free=arguments.reference_free,
@@ -238,21 +242,26 @@ def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None
     )
     options = {"plain": arguments.plain, "row_tokens": arguments.row_tokens}
     options["subset"] = arguments.subset or scoring.SUBSET
-    rows = []
-    for source in others:
-        rows += [{"source": source, **row} for row in scoring.scores(judge, source, **options)]
-    rows = _with_subsets(rows, arguments.subset, others)
+    sources, rows = {name: name for name in others} or {HELD_OUT: held_out}, []
+    for name, source in sources.items():
+        rows += [{"source": name, **row} for row in scoring.scores(judge, source, **options)]
+    rows = _with_subsets(rows, arguments.subset, [*sources])
     judged = [scoring.judged(row) for row in rows]
     found = agreement.rows(judged)
     ties = sum(len(each.scores) > 1 and not each.decided for each in judged)
     if ties:
         rundir.say(f"{ties} of {len(rows)} records are ties in the data and do not count")
-    name = result.experiment.name
+    name, gap_B = result.experiment.name, agreement.gaps(judged)
+    if figure is not None:
+        if not gap_B.any():
+            raise BadInput(f"--figure {figure}: no pair of different scores to draw; leave it out")
+        reliability.draw(figure, gap_B, f"{name}: {judge.says}")
     if out is not None:
         lines = ({k: x for k, x in row.items() if k != "levels"} for row in rows)
         rundir.write(out, "".join(json.dumps(line) + "\n" for line in lines))
     if table is not None:
-        whole = {"name": name, "score": judge.says, "sources": others, "rows": found}
+        whole = {"name": name, "score": judge.says, "sources": [*sources], "rows": found}
+        whole["reliability"] = [each._asdict() for each in agreement.reliability(gap_B)]
         rundir.write(table, json.dumps(whole, indent=1) + "\n")
     agreement.show(found, f"{name}: {judge.says}")
 

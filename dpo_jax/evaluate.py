@@ -1,5 +1,6 @@
 """What a policy is worth: held-out loss and accuracy, sampled reward and exact-per-token KL."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -86,7 +87,21 @@ def held_out(
     for part in _parts(whole, len(batches)):
         metrics = on_host(value(numbers, state, frozen, shard_batch(mesh, part), key))
         total = {name: total.get(name, 0.0) + float(x) for name, x in metrics.items()}
-    return total
+    return total | _derived(total)
+
+
+def _derived(total: dict[str, float]) -> dict[str, float]:
+    """What is no mean over groups but made of such: of a reward model, the standard deviation of
+    its rewards and, within prompts, their correlation with every criterion (0 without variance)."""
+    found: dict[str, float] = {}
+    if "rewards/square" in total:
+        variance = total["rewards/square"] - total["rewards/mean"] ** 2
+        found["rewards/std"] = math.sqrt(max(variance, 0.0))
+    for name in [name for name in total if name.endswith("/covariance")]:
+        stem = name.removesuffix("/covariance")
+        spread = math.sqrt(total["rewards/variance"] * total[f"{stem}/variance"])
+        found[f"{stem}/correlation"] = total[name] / spread if spread else 0.0
+    return found
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

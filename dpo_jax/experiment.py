@@ -31,6 +31,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "Experiment",
+    "Learned",
     "Lora",
     "Mesh",
     "Optim",
@@ -52,18 +53,8 @@ __all__ = [
 ]
 
 # What changes no parameter of a finished run, and so no digest.
-COSMETIC = (
-    "run.dir",
-    "run.mesh",
-    "run.microbatches",
-    "run.remat",
-    "run.reference",
-    "run.save_every",
-    "run.eval_every",
-    "run.log_every",
-    "run.keep",
-    "run.profile",
-)
+NAMED = "dir mesh microbatches remat reference save_every eval_every log_every keep profile"
+COSMETIC = tuple(f"run.{name}" for name in NAMED.split())
 
 # Types of fields; what the additions mean stands at the head of override.py.
 Count = Annotated[int, {"least": 1}]
@@ -91,6 +82,32 @@ class Value:
         return hash(_text(self))
 
 
+def _check_names(owner: str, rewards: tuple[Reward, ...]) -> None:
+    names = [getattr(reward, "__name__", None) for reward in rewards]
+    if None in names or len(set(names)) < len(names):
+        what = f"{owner}.rewards={show(rewards)}: give functions"
+        raise BadInput(f"{what}, each with a name of its own (def, not partial)")
+
+
+@dataclass(frozen=True, eq=False)
+class Learned(Value):
+    """A reward model as a reward, wherever a function (records, responses) -> score_B may stand.
+
+    parent: the run of `algorithms.reward`, trained when missing, or its path. normalised: less the
+    mean of its held-out rewards, over their standard deviation. Its name is that of the run.
+    """
+
+    parent: Annotated["Experiment | str", {"parent": True}]
+    normalised: bool = True
+
+    @property
+    def __name__(self) -> str:
+        return parent_name(self.parent)
+
+    def __call__(self, records: Any, responses: Any) -> Any:
+        raise BadInput(f"Learned {self.__name__} scores nothing by itself: a run loads the model")
+
+
 @dataclass(frozen=True, eq=False)
 class Sampled(Value):
     """Data made when missing: n responses of the parent to every prompt, labelled.
@@ -111,12 +128,9 @@ class Sampled(Value):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [getattr(reward, "__name__", None) for reward in self.rewards]
-        if not names or None in names or len(set(names)) < len(names):
-            raise BadInput(
-                f"Sampled.rewards={show(self.rewards)}: give one or more functions, each with a "
-                "name of its own (def, not partial)"
-            )
+        _check_names("Sampled", self.rewards)
+        if not self.rewards:
+            raise BadInput("Sampled.rewards=(): give one or more functions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +194,9 @@ class Run(Value):
     dir: None = runs/<name>-<digest>. dtype: of the computation; parameters are
     float32, or float64 as it (which wants JAX_ENABLE_X64=1).
     remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
-    reference: its log-probs are found in every step (live), or once, before the first (cached), and
-    kept on disk for the runs that follow; auto: live where its weights fit the device.
-    keep: checkpoints kept. profile: `100:105` traces the steps from 100 up to 105.
+    reference: its log-probs are found in every step (live), or once, on disk (cached); auto:
+    live where its weights fit the device. keep: checkpoints kept. profile: `100:105` traces the
+    steps from 100 up to 105.
     """
 
     steps: Count
@@ -229,6 +243,7 @@ class Evaluation(Value):
         super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise BadInput(f"evaluation.top_p={self.top_p}: it must be above 0 and at most 1")
+        _check_names("evaluation", self.rewards)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -288,6 +303,11 @@ class Sweep(Value):
     members: tuple[Experiment, ...]
     x: str = "eval_samples/kl"
     y: str = "eval_samples/reward"
+
+
+def parent_name(parent: Experiment | str) -> str:
+    """What a parent is called: the name of the run, or the last part of a path."""
+    return parent.name if isinstance(parent, Experiment) else parent.rstrip("/").split("/")[-1]
 
 
 def each(

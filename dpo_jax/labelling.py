@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import parts, rundir
+from dpo_jax import learned, parts, rundir
 from dpo_jax.data import sources
 from dpo_jax.data.faults import listed
 from dpo_jax.data.layouts import CONTEXT
 from dpo_jax.evaluate import Completions, completions
-from dpo_jax.experiment import Experiment, Sampled, digest
+from dpo_jax.experiment import Experiment, Sampled, digest, parent_name
 from dpo_jax.metrics import progress
 from dpo_jax.structs import BadInput
 from dpo_jax.worlds.annotators import Label
@@ -24,17 +24,16 @@ Records = list[dict[str, Any]]
 
 def place(wanted: Sampled) -> epath.Path:
     """Where the records of a `Sampled` source lie, or will."""
-    return epath.Path(rundir.RUNS) / f"{_name(wanted)}-pairs-{digest(wanted)}" / "pairs.jsonl"
-
-
-def _name(wanted: Sampled) -> str:
-    parent = wanted.parent
-    return parent.name if isinstance(parent, Experiment) else epath.Path(parent).name
+    return (
+        epath.Path(rundir.RUNS)
+        / f"{parent_name(wanted.parent)}-pairs-{digest(wanted)}"
+        / "pairs.jsonl"
+    )
 
 
 def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
     """The file of a `Sampled` source; sampling, and training its parent, only when missing."""
-    parent, file, name = wanted.parent, place(wanted), _name(wanted)
+    parent, file, name = wanted.parent, place(wanted), parent_name(wanted.parent)
     if file.exists():
         rundir.say(f"{file}: finished before, reused")
         return file
@@ -42,6 +41,7 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
     prompts, skipped = sources.read(wanted.prompts)
     if skipped:
         rundir.say(f"prompts: skipped {listed(skipped)}")
+    rewards = learned.plugged(wanted.rewards, learned.rewards(wanted.rewards, run))
     key, rng = jax.random.key(wanted.seed), np.random.default_rng(wanted.seed)
     rows: Records = []
     for start in progress(range(0, len(prompts), AT_ONCE), f"sample {name}"):
@@ -51,7 +51,7 @@ def sampled_pairs(wanted: Sampled, run: Callable[..., Any]) -> epath.Path:
             {},
             prompts[start : start + AT_ONCE],
             result.tokenizer,
-            rewards=wanted.rewards,
+            rewards=rewards,
             key=jax.random.fold_in(key, start),
             n=wanted.n,
             max_tokens=wanted.max_tokens,

@@ -104,7 +104,7 @@ class Member:
                 {**setup.frozen, **start},
                 setup.prompts,
                 setup.tokenizer,
-                rewards=wanted.rewards,
+                rewards=setup.rewards,
                 mesh=setup.mesh,
                 key=jax.random.fold_in(jax.random.key(self.experiment.run.seed), step),
                 **wanted.drawing,
@@ -119,7 +119,7 @@ class Member:
         trained, experiment, setup = policy(state), self.experiment, self.setup
         self.params = join(trained, setup.frozen)
         own = self.params if experiment.parent is None else trained
-        self.held = held(setup.model, state, setup.frozen)
+        self.held = held(setup.model, state, setup.frozen, setup.judges)
         said = {"metrics": self.last, "bytes": self.held}
         rundir.seal(self.home, experiment.run.steps, own, said)
 
@@ -136,19 +136,23 @@ def policy(state: TrainState) -> Params:
     return state.params if average is None else average
 
 
-def held(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, int]:
+def held(
+    model: Model, state: TrainState, frozen: Mapping[str, Params], judges: Params
+) -> dict[str, int]:
     """Bytes of the arrays that a run holds from step to step, on all devices together, copies on
     several of them counted once.
 
     policy: the decoder's weights, the frozen base of adapters too. heads: what is trained beside
-    them: a value head or critic, the head of a reward. reference, optimizer; memory: what else is
-    kept, as a moving reference.
+    them: a value head or critic, the head of a reward. reference, optimizer; rewards: the models
+    that score samples; memory: what else is kept, as a moving reference.
     """
-    found = roles(model, state, frozen)
+    found = roles(model, state, frozen, judges)
     return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in found.items()}
 
 
-def roles(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict[str, Any]:
+def roles(
+    model: Model, state: TrainState, frozen: Mapping[str, Params], judges: Params
+) -> dict[str, Any]:
     """What a run holds from step to step, by role, as `held` names them."""
     own = jax.eval_shape(model.init, jax.random.key(0)).keys()
     decoder = {name: x for name, x in state.params.items() if name in own}
@@ -156,6 +160,7 @@ def roles(model: Model, state: TrainState, frozen: Mapping[str, Params]) -> dict
         "policy": (decoder, frozen.get("base", {})),
         "heads": {name: x for name, x in state.params.items() if name not in own},
         "reference": frozen.get("reference", {}),
+        "rewards": judges,
         "optimizer": state.opt_state,
         "memory": state.memory,
     }

@@ -324,6 +324,10 @@ def _follow(value: Any, old: Any, new: Any) -> Any:
         bound = {name: _follow(item, old, new) for name, item in value.keywords.items()}
         same = all(bound[name] is item for name, item in value.keywords.items())
         return value if same else partial(value, **bound)
+    if isinstance(value, tuple) and _now(value, Spot("")):
+        items = tuple(_follow(item, old, new) for item in value)
+        same = all(item is before for item, before in zip(items, value, strict=True))
+        return value if same else items
     return value
 
 

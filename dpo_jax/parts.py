@@ -1,14 +1,15 @@
 """What the parts of an experiment stand for: mesh, model, tokenizer, the weights it starts from."""
 
 import copy
+import re
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from dpo_jax import parallel, rundir
+from dpo_jax import functions, parallel, rundir
 from dpo_jax.data import conversations
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import hf, hf_adapter
@@ -16,6 +17,8 @@ from dpo_jax.models.lora import Lora, alike, merged
 from dpo_jax.models.transformer import Config, decoder
 from dpo_jax.structs import Algorithm, BadInput, Memory, Model, Params, join, parted
 from dpo_jax.values import show
+
+FUNCTION = re.compile(r"[\w.]+:[\w.]+(@[0-9a-f]{8})?")  # as descriptions name one
 
 
 def mesh(experiment: Experiment) -> jax.sharding.Mesh:
@@ -72,8 +75,11 @@ def shapes(experiment: Experiment) -> Params:
 def tokenizer(experiment: Experiment) -> Any:
     """The tokenizer of data.tokenizer, with the chat template of data.template where that says one:
     what a function makes, or read from a folder or name."""
-    wanted, written = experiment.data.tokenizer, experiment.data.template
-    made = wanted() if callable(wanted) else _pretrained(wanted, "data.tokenizer=")
+    return _tokenizer(experiment.data.tokenizer, experiment.data.template)
+
+
+def _tokenizer(wanted: Any, written: Any) -> Any:
+    made: Any = wanted() if callable(wanted) else _pretrained(wanted, "data.tokenizer=")
     if written is not None:
         made = copy.deepcopy(made)  # a function may give the same one again
         made.chat_template = conversations.chat_template(written)
@@ -109,6 +115,28 @@ def from_folder(name: str) -> Policy:
     given, architecture = _foreign(name, None, "float32")
     made = decoder(architecture, lora=given.lora)
     return Policy(made, given.params, _pretrained(str(hf.folder(name))))
+
+
+def from_run(home: epath.Path, places: jax.sharding.Mesh) -> Policy:
+    """The model of a finished run in `home`, its heads among the weights, with its tokenizer.
+
+    Raises: BadInput where there is none, or its tokenizer is a function that is not there.
+    """
+    record = rundir.read(home)
+    data, dtype = record["experiment"]["data"], record["experiment"]["run"]["dtype"]
+    given = _read(str(home), places, dtype)
+    made = decoder(Config(**record["model"]), dtype=dtype, lora=given.lora)
+    spoken = (_described(data.get(name)) for name in ("tokenizer", "template"))
+    return Policy(made, given.params, _tokenizer(*spoken))
+
+
+def _described(option: Any) -> Any:
+    """The text or the function that a description is of."""
+    keywords = dict(option) if isinstance(option, dict) else {}
+    name = keywords.pop("function", option)
+    if not isinstance(name, str) or not FUNCTION.fullmatch(name):
+        return name
+    return partial(functions.named(name.partition("@")[0]), **keywords)
 
 
 # The weights of a parent

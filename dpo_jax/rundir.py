@@ -147,6 +147,14 @@ def result(experiment: Experiment, home: epath.Path) -> dict[str, Any] | None:
     return stored if stored["steps"] == experiment.run.steps else None
 
 
+def metrics(home: epath.Path) -> dict[str, float]:
+    """The last evaluation of the finished run in `home`. Raises BadInput where there is none."""
+    try:
+        return json.loads((home / "result.json").read_text())["metrics"]
+    except OSError:
+        raise BadInput(f"{home} holds no finished run: `dpo-jax train` it first") from None
+
+
 def load_weights(home: epath.Path, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
     """The final weights of the run in `home`, which have these shapes, on the mesh.
 

@@ -26,6 +26,7 @@ from dpo_jax.algorithms.scores import length_normalized
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.criteria import TOTAL
 from dpo_jax.data.loader import sequential
+from dpo_jax.data.packing import taken
 from dpo_jax.logprobs import ROUNDED, per_response, response_lengths, token_logps
 from dpo_jax.losses.needs import name_of, parts_of
 from dpo_jax.member import Result
@@ -127,7 +128,7 @@ def scores(
         data = replace(data, layout=None, arrange=None)
     if row_tokens is not None:
         data = replace(data, row_tokens=row_tokens)
-    name = str(source)
+    name = source if isinstance(source, str) else "evaluation.source"
     records = build.read_records(name, source, train.run, data)
     experiment = replace(judge.run.experiment, data=data)
     algorithm = experiment.algorithm(judge.run.model)._replace(prepare=unchanged)
@@ -220,9 +221,8 @@ def _columns(judge: Judge, groups: Sequence[Group]) -> dict[str, list[np.ndarray
             values = on_host(columns(judge.run.params, reference, shard_batch(mesh, batch)))
             for name, x_RGK in values.items():
                 rows = found.setdefault(name, [None] * len(groups))
-                for row, slot in zip(*np.nonzero(batch.record_RG >= 0), strict=True):
-                    b = int(batch.record_RG[row, slot])
-                    rows[b] = x_RGK[row, slot, : len(groups[b].responses)]
+                for b, x_K in taken(x_RGK, batch):
+                    rows[b] = x_K
     return found
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import build, rundir
+from dpo_jax import build, learned, rundir
 from dpo_jax.evaluate import completions
 from dpo_jax.experiment import (
     Experiment,
@@ -153,14 +153,14 @@ def start_value(chosen: Sweep) -> float | None:
         or reward not in known
     ):
         return None
-    parent = run(first.parent)
+    parent, measured = run(first.parent), (known[reward],)
     drawn = completions(
         parent.model,
         parent.params,
         {},
         build.read_records("evaluation.prompts", wanted.prompts, run),
         parent.tokenizer,
-        rewards=(known[reward],),
+        rewards=learned.plugged(measured, learned.rewards(measured, run)),
         key=jax.random.key(0),
         **wanted.drawing,
     )

@@ -15,14 +15,17 @@ COMMANDS = {
     "plan": "compile the train step ahead of time, for TPUs that are not here or for the devices "
     "that are, and print what it needs of each: memory, flops, time, collectives",
     "score": "score every response in files of records by a finished run, or by a model folder in "
-    "its place, and print how often chosen ones are above rejected ones",
+    "its place, and print how often chosen ones are above rejected ones, and how well the margins "
+    "say so",
     "export": "write a finished run as a folder that transformers' from_pretrained reads",
 }
 READERS = ("eval", "sample", "score", "export")  # of finished runs, see commands.py
 EITHER = "a file or a module name; or a folder of Hugging Face, or owner/name on the hub"
 WHAT = {"sample": EITHER, "score": EITHER}
 WORDS = {
-    "score": [("FILE", "records to score, in any form that data.source takes")],
+    "score": [
+        ("FILE", "records to score, in any form that data.source takes; evaluation.source if none")
+    ],
     "export": [("FOLDER", "where to write, a new or empty folder")],
 }
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -64,6 +67,10 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--out": {"metavar": "FILE", "help": "write a JSON line a record: scores, lengths, subset"},
         "--json": {"metavar": "FILE", "help": "write the table as JSON"},
+        "--figure": {
+            "metavar": "FILE",
+            "help": "draw how often pairs are in order against sigmoid of their margin, as PNG",
+        },
     },
     "inspect": {
         "--rows": {"type": int, "default": 3, "help": "groups shown of each source (3)"},

@@ -210,7 +210,7 @@ def show(value: Any) -> str:
         bound = [f"{key}={show(item)}" for key, item in value.keywords.items()]
         return f"{functions.name(value)}({', '.join([*map(show, value.args), *bound])})"
     if is_dataclass(value) and not isinstance(value, type):
-        own = getattr(value, "name", None)
+        own = getattr(value, "name", getattr(value, "__name__", None))
         return f"{type(value).__name__}" + (f" {own}" if isinstance(own, str) else "")
     if inspect.isroutine(value) or isinstance(value, type) or hasattr(value, "__wrapped__"):
         return functions.name(value)

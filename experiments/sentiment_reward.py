@@ -1,33 +1,30 @@
-"""dpo-jax train experiments/sentiment_reward.py: a Plackett-Luce reward model of sampled rankings.
-Cost: six and a half minutes on 2 busy CPU cores, beside the SFT run and the sampled rankings.
-Result: it puts the first of 300 held-out rankings above the last in 87%, the true reward in 97%.
+"""dpo-jax train experiments/sentiment_reward.py: a Plackett-Luce reward model of ranked reviews.
+Cost: four minutes of CPU time, beside the SFT run.
+Result: correlation with the true reward on held-out reviews 0.951, within prompts 0.948; it cannot
+tell what is no review (commit 4bdb56f, 2 busy cores of an AMD EPYC; docs/results.md).
 """
 
-from dataclasses import replace
 from functools import partial
 
 from dpo_jax import losses, optim
 from dpo_jax.algorithms.reward import reward
 from dpo_jax.experiment import Data, Evaluation, Experiment, Optim, Run
-from dpo_jax.worlds import sentiment
-from experiments.sentiment_pairs import RANKED
+from dpo_jax.worlds import annotators, sentiment
 from experiments.sentiment_sft import EXPERIMENT as SFT
 
-# as those of sentiment_pairs, to four times as many prompts
-RANKINGS = replace(RANKED, prompts=partial(sentiment.prompts, n=12_000, seed=3))
+# a ranking of four completions of the language a prompt
+RANKED = partial(sentiment.judged, n=48_000, seed=3, annotator=annotators.plackett_luce)
 EXPERIMENT = Experiment(
     name="sentiment_reward",
     parent=SFT,
-    data=Data(source=RANKINGS, tokenizer=sentiment.tokenizer, groups=32, row_tokens=160),
-    algorithm=partial(reward, loss=losses.plackett_luce, centering=0.01),
+    data=Data(source=RANKED, tokenizer=sentiment.tokenizer, groups=32, row_tokens=160),
+    algorithm=partial(reward, loss=losses.plackett_luce, centering=0.001),
     optim=Optim(
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         optimizer=partial(optim.adamw, b2=0.98),
         schedule=optim.cosine,
         warmup=50,
     ),
-    run=Run(steps=2000, eval_every=500, log_every=20),
-    evaluation=Evaluation(
-        source=replace(RANKED, prompts=partial(sentiment.prompts, n=300, seed=4), seed=1)
-    ),
+    run=Run(steps=2500, eval_every=500, log_every=20),
+    evaluation=Evaluation(source=partial(RANKED, n=1000, seed=4)),
 )

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax.agreement import Judged, interval, row, rows, show
+from dpo_jax.agreement import (
+    Judged,
+    calibration_error,
+    gaps,
+    interval,
+    reliability,
+    row,
+    rows,
+    show,
+)
 
 
 def pair(chosen: float, rejected: float, subset: str | None = None) -> Judged:
@@ -93,5 +102,48 @@ def test_subsets_then_all_then_their_mean(capsys):
     assert "low" in found[2] and "low" not in found[3]
     show(found, "who")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["b", "2", "0.500", "0.095..0.905", "0.000", "0.500", "0.500", "0.000"] in lines
+    line = ["b", "2", "0.500", "0.095..0.905", "0.000", "0.500", "0.500", "0.000"]
+    assert [*line, f"{1 / (1 + np.exp(-1)) - 0.5:.3f}"] in lines
     assert [each["subset"] for each in rows([pair(1, 0), pair(2, 1)])] == ["all"]
+
+
+def test_gaps_are_those_of_all_pairs_that_are_ordered():
+    several = [pair(3, 1), ranking(1, 2, 0, 0, levels=[2, 2, 1, 0]), pair(0, 2), alone(1, 1.0)]
+    assert gaps(several).tolist() == [2, 1, 1, 2, 2, 0, -2]
+
+
+def test_the_calibration_error_by_hand():
+    """Confidences .61, .62, .62 and .93: two bins, |1/3 - .6167| of three and |1 - .93| of one; a
+    tie takes no side."""
+    confidence = np.array([0.61, 0.62, 0.62, 0.93])
+    gap = np.log(confidence / (1 - confidence)) * np.array([1, -1, -1, 1])
+    expected = (3 * abs(1 / 3 - confidence[:3].mean()) + abs(1 - 0.93)) / 4
+    assert calibration_error(np.append(gap, 0.0)) == pytest.approx(expected, abs=1e-12)
+    low, high = reliability(np.append(gap, 0.0))
+    assert (low.floor, low.ceiling, low.n) == (pytest.approx(0.6), pytest.approx(0.65), 3)
+    assert high.accuracy == 1
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_the_error_is_that_of_the_scale(scale):
+    """Outcomes of probability sigmoid(g), scored as if it were sigmoid(scale g): the error is the
+    mean of |sigmoid(g) - sigmoid(scale g)|, to a standard error of 0.5 / sqrt(200,000 / 10) a bin;
+    inside a bin all miss in one direction."""
+    rng = np.random.default_rng(0)
+    true = np.abs(rng.normal(size=200_000))
+    right = rng.random(true.size) < 1 / (1 + np.exp(-true))
+    stated = scale * np.where(right, true, -true)
+    sure = 1 / (1 + np.exp(-scale * true))
+    expected = np.abs(1 / (1 + np.exp(-true)) - sure).mean()
+    assert calibration_error(stated) == pytest.approx(expected, abs=0.005)
+    for each in reliability(stated):
+        inside = (sure > each.floor) & (sure <= each.ceiling)
+        assert each.n == inside.sum() and each.low < each.accuracy <= each.high
+        assert each.confidence == pytest.approx(sure[inside].mean(), abs=1e-9)
+
+
+def test_the_table_has_the_error_of_pairs_and_rankings():
+    several = [pair(3, 1, "a"), pair(0, 2, "a"), ranking(1, 2, 0)]
+    assert row(several, "x")["ece"] == calibration_error(gaps(several))
+    assert "ece" not in row([alone(1, 1.0), alone(0, 0.0)], "x")
+    assert "ece" not in row([pair(1, 1)], "x")

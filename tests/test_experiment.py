@@ -153,9 +153,9 @@ def test_a_part_can_be_replaced_as_a_whole():
 
 
 def test_functions_in_a_tuple():
-    name = f"({__name__}:reward, worlds.sentiment.reward)"
+    name = f"({__name__}:reward, worlds.sentiment.legal)"
     changed = override(DPO, {"evaluation.prompts": "p.jsonl", "evaluation.rewards": name})
-    assert changed.evaluation.rewards == (reward, sentiment.reward)
+    assert changed.evaluation.rewards == (reward, sentiment.legal)
     shown = values.show(changed.evaluation.rewards)
     assert override(changed, {"evaluation.rewards": shown}) == changed
 

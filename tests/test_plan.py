@@ -16,8 +16,9 @@ from tiny_runs import EXPERIMENT, SFT, snapshot, words
 from dpo_jax import build, cli, losses
 from dpo_jax.algorithms.policy import grpo
 from dpo_jax.algorithms.preference import preference
+from dpo_jax.algorithms.reward import reward
 from dpo_jax.algorithms.sft import sft
-from dpo_jax.experiment import Data, Experiment, Lora, Mesh, Optim, Run
+from dpo_jax.experiment import Data, Experiment, Learned, Lora, Mesh, Optim, Run
 from dpo_jax.models.transformer import Config
 from dpo_jax.parallel import make_mesh
 from dpo_jax.plan import Plan, planned, plans, smallest, traced
@@ -121,6 +122,13 @@ def test_adapters_and_a_cached_reference_hold_no_reference():
     assert held["optimizer"] == 2 * 4 * factors + 8
     cached = step(replace(DPO, run=replace(DPO.run, reference="cached")))
     assert cached.held["reference"] == 0 and any("cached" in note for note in cached.notes)
+
+
+def test_a_reward_model_lies_beside_the_policy():
+    judge = replace(DPO, name="judge", algorithm=partial(reward, loss=losses.bradley_terry))
+    algorithm = partial(grpo, rewards=(Learned(judge),), n=4, max_tokens=16)
+    made = step(replace(DPO, algorithm=algorithm))
+    assert made.held["rewards"] == 4 * (WEIGHTS + D)
 
 
 def test_auto_keeps_the_reference_where_there_is_room():

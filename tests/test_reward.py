@@ -275,6 +275,7 @@ def test_metrics_count_what_they_say(name):
         "rewards/ties": averaged(lambda r: float(len(r) == 1)),
         "rewards/mean": averaged(lambda r: float(np.mean(r))),
         "rewards/square": averaged(lambda r: float(np.mean(np.square(r)))),
+        "rewards/variance": averaged(lambda r: float(np.var(r))),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert 0 < expected["rewards/accuracies"] < 1

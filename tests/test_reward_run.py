@@ -50,11 +50,12 @@ def test_a_run_learns_and_says_so(trained):
     assert [row["step"] for row in lines] == [0, 3, 6]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.1
     assert trained.metrics["eval_rewards/accuracies"] > lines[0]["eval_rewards/accuracies"]
-    names = "accuracies chosen margins mean rejected square ties".split()
+    names = "accuracies chosen margins mean rejected square std ties variance".split()
     assert {name for name in trained.metrics if "/" in name} == {
         *(f"eval_rewards/{name}" for name in names),
         "eval_criteria/words/margins",
         "eval_criteria/words/accuracies",
+        *(f"eval_criteria/words/{name}" for name in ("covariance", "variance", "correlation")),
     }
     stored = json.loads((Path(trained.directory) / "experiment.json").read_text())["options"]
     assert stored["algorithm.centering"] == "0.0"
@@ -65,14 +66,22 @@ def test_the_evaluation_is_that_of_the_scores(trained):
     records, _ = read(next(Path("runs").glob("sft-pairs-*/pairs.jsonl")))
     groups, dropped = tokenize(records, trained.tokenizer, row_tokens=128)
     assert not dropped and {len(group.responses) for group in groups} >= {3}
-    right, mean = [], []
+    right, mean, square, found, true = [], [], [], [], []
     for group in groups:
         score_K = reward_scores(trained.model, trained.params, pack([group], row_tokens=128))[0, 0]
         right.append(float(score_K[0] > score_K[-1]))
         mean.append(float(np.mean(score_K)))
+        square.append(float(np.mean(score_K**2)))
+        found.append(score_K - mean[-1])
+        said_K = np.asarray(group.scores)[:, 0]
+        true.append(said_K - said_K.mean())
     metrics = trained.metrics
     assert metrics["eval_rewards/accuracies"] == pytest.approx(np.mean(right), abs=1e-6)
     assert metrics["eval_rewards/mean"] == pytest.approx(np.mean(mean), abs=1e-5)
+    deviation = np.sqrt(np.mean(square) - np.mean(mean) ** 2)
+    assert metrics["eval_rewards/std"] == pytest.approx(deviation, abs=1e-5)
+    within = np.corrcoef(np.concatenate(found), np.concatenate(true))[0, 1]  # all lists are of 3
+    assert metrics["eval_criteria/words/correlation"] == pytest.approx(within, abs=1e-4)
 
 
 def test_a_finished_run_is_found_again_with_its_head(trained, capsys):

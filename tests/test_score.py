@@ -40,6 +40,11 @@ def dpo(place: Path) -> Result:
 
 
 @pytest.fixture(scope="module")
+def trained(place: Path) -> Result:
+    return dpo_jax.run(REWARD)
+
+
+@pytest.fixture(scope="module")
 def pairs(dpo: Result) -> str:
     return str(next(Path("runs").glob("sft-pairs-*/pairs.jsonl")))
 
@@ -206,10 +211,32 @@ def test_the_command_prints_subsets_and_writes_what_it_found(dpo, pairs, capsys)
     assert subsets == [pairs, "b.jsonl", "all", "mean"]
 
 
+def test_without_a_file_and_held_out_data_there_is_nothing_to_score(dpo, capsys):
+    Path("sft.py").write_text("from tiny_runs import SFT as EXPERIMENT\n")
+    assert cli.main(["score", "sft.py"]) == 2
+    assert "name a file of records" in capsys.readouterr().err
+
+
+def test_without_a_file_the_held_out_data_are_scored(trained, capsys):
+    """Of a reward model, as its evaluation says; the figure shows the pairs of the table."""
+    Path("ranked.py").write_text("from test_reward_run import REWARD as EXPERIMENT\n")
+    assert cli.main(["score", "ranked.py", "--figure", "new/r.png", "--json", "held.json"]) == 0
+    printed, found = capsys.readouterr().out, json.loads(Path("held.json").read_text())
+    (table,) = found["rows"]
+    assert found["sources"] == ["evaluation.source"]
+    assert table["accuracy"] == pytest.approx(trained.metrics["eval_rewards/accuracies"])
+    assert f"{table['ece']:.3f}" in printed and "ece" in printed
+    bins, count = found["reliability"], 3 * table["n"]
+    assert sum(each["n"] for each in bins) == count
+    misses = [each["n"] * abs(each["accuracy"] - each["confidence"]) for each in bins]
+    assert table["ece"] == pytest.approx(sum(misses) / count)
+    assert Path("new/r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name a file of records"),
+        (["PAIRS", "--figure", "runs"], "runs: cannot be written (a folder)"),
         (["none.jsonl"], "none.jsonl: no such file"),
         (["ask.jsonl"], "ask.jsonl:1: the record has no response to score"),
         (["PAIRS", "--subset", "kind"], "--subset kind: no record of"),

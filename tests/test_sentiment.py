@@ -2,11 +2,12 @@
 
 import functools
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from dpo_jax.worlds import grammar, sentiment
+from dpo_jax.worlds import annotators, grammar, sentiment
 
 N = 20_000
 
@@ -286,6 +287,54 @@ def test_completions_follow_the_conditional_law():
     for name, words in adjectives.items():
         count = sum(text.split()[0] in words for text in drawn)
         assert abs(count - n * p[name]) < 4.5 * math.sqrt(n * p[name] * (1 - p[name]))
+
+
+@pytest.mark.parametrize(
+    ("annotator", "responses", "size"),
+    [(annotators.bradley_terry, 2, 2), (annotators.plackett_luce, 4, 4)],
+)
+def test_judged_completions_are_in_order_as_often_as_bradley_terry_says(annotator, responses, size):
+    """Of every pair of a ranking too; to four standard errors over prompts."""
+    records = sentiment.judged(n=1500, seed=4, annotator=annotator, responses=responses)
+    assert [r["prompt"] for r in records] == [
+        r["prompt"] for r in sentiment.prompts(n=1500, seed=4)
+    ]
+    score_BK = np.array([record["scores"]["reward"] for record in records])
+    assert score_BK.shape == (1500, size)
+    for record, score_K in zip(records[:50], score_BK, strict=False):
+        np.testing.assert_array_equal(
+            sentiment.reward([record] * size, record["responses"]), score_K
+        )
+    gap_BP = np.stack([score_BK[:, i] - score_BK[:, j] for i, j in combinations(range(size), 2)], 1)
+    # that a pair of distance d came out in order has probability sigmoid(|d|)
+    miss_B = ((gap_BP > 0) + 0.5 * (gap_BP == 0) - 1 / (1 + np.exp(-np.abs(gap_BP)))).mean(axis=1)
+    assert abs(miss_B.mean()) < 4 * miss_B.std() / np.sqrt(1500)
+
+
+def test_broken_completions_have_another_word():
+    """One in a third of them, which mostly ends the review; the labels go by what is written."""
+    options = {"n": 300, "seed": 4, "annotator": annotators.noiseless, "responses": 2}
+    whole, broken = sentiment.judged(**options), sentiment.judged(**options, broken=1 / 3)
+    assert all(sentiment.legal([r] * 2, r["responses"]).all() for r in whole)
+    changed = 0
+    for before, after in zip(whole, broken, strict=True):
+        gone = {*before["responses"]} - {*after["responses"]}
+        for old in gone:
+            words = old.split()
+            others = [new.split() for new in after["responses"]]
+            differing = [
+                sum(a != b for a, b in zip(words, new, strict=True))
+                for new in others
+                if len(new) == len(words)
+            ]
+            assert min(differing) == 1
+        changed += len(gone)
+        assert after["scores"]["reward"][0] >= after["scores"]["reward"][1]
+        true = sentiment.reward([after] * 2, after["responses"])
+        np.testing.assert_array_equal(true, after["scores"]["reward"])
+    assert abs(changed - 200) < 4 * np.sqrt(600 * 2 / 9)
+    legal = np.concatenate([sentiment.legal([r] * 2, r["responses"]) for r in broken])
+    assert (1 - legal).sum() > 0.7 * changed
 
 
 def test_completions_of_what_begins_no_review():

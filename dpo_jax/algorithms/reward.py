@@ -160,12 +160,26 @@ def _objective(
 
 
 def _metrics(batch: Batch, score_BK: jax.Array, mask_BK: jax.Array) -> Metrics:
-    """The mean and the mean square are those of a group's responses, averaged over the groups."""
+    """The mean and the mean square are those of a group's responses, averaged over the groups;
+    variances and covariances are within groups. Evaluations make std and correlations of them."""
     weight_B, count_B = margins.flat(batch.weight_RG), jnp.sum(mask_BK, axis=1)
     criteria_BKC = None if batch.score_RGKC is None else margins.flat(batch.score_RGKC)
 
+    def each(x_BK: jax.Array) -> jax.Array:
+        return losses.measure.per_token(jnp.sum(x_BK, axis=1), count_B)
+
     def mean(x_BK: jax.Array) -> jax.Array:
-        return margins.weighted(weight_B, losses.measure.per_token(jnp.sum(x_BK, axis=1), count_B))
+        return margins.weighted(weight_B, each(x_BK))
+
+    def centred(x_BK: jax.Array) -> jax.Array:
+        return mask_BK * (x_BK - each(x_BK)[:, None])
 
     found = margins.reward_metrics(weight_B, score_BK, mask_BK, criteria_BKC, batch.criteria)
-    return found | {"rewards/mean": mean(score_BK), "rewards/square": mean(score_BK**2)}
+    found |= {"rewards/mean": mean(score_BK), "rewards/square": mean(score_BK**2)}
+    found["rewards/variance"] = mean(centred(score_BK) ** 2)
+    for c, name in enumerate(batch.criteria):
+        assert criteria_BKC is not None
+        true_BK = centred(criteria_BKC[:, :, c])
+        found[f"criteria/{name}/covariance"] = mean(true_BK * centred(score_BK))
+        found[f"criteria/{name}/variance"] = mean(true_BK**2)
+    return found

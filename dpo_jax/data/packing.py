@@ -213,6 +213,14 @@ def lay_out(groups: Sequence[Group], bins: Bins, shape: Shape, *, record_B: Sequ
     )
 
 
+def taken(x_RGK: np.ndarray, batch: Batch) -> Iterator[tuple[int, np.ndarray]]:
+    """(record, x_K) of every group of a batch on the host, for the responses that it has."""
+    there_RG = np.asarray(batch.record_RG) >= 0
+    columns = (np.asarray(x)[there_RG] for x in (batch.record_RG, x_RGK, batch.end_RGK))
+    for record, x_K, end_K in zip(*columns, strict=True):
+        yield int(record), x_K[end_K >= 0]
+
+
 class _Parts:
     """Where every part and every token stands; groups in row order, row_B the row of each."""
 

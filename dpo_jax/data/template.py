@@ -92,6 +92,29 @@ def encode_prompts(records: Sequence[Mapping[str, Any]], tokenizer: Any) -> list
     return [each.prompt for each in found if isinstance(each, Tokens)]
 
 
+def encode_texts(
+    records: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]], tokenizer: Any
+) -> list[Group]:
+    """The groups of prompts of records and texts as their responses, of which none is dropped or
+    cut: an empty one is its end alone. Errors: BadInput for what cannot be written."""
+    end = np.array([response_end([r["prompt"] for r in records], tokenizer)], np.int32)
+    found = _read([_answered(*each) for each in zip(records, texts, strict=True)], tokenizer)
+    groups = []
+    for record, each in enumerate(found):
+        if isinstance(each, Fault):
+            raise each
+        answers = [ids if len(ids) else end for ids in each.responses]
+        groups.append(Group(each.prompt, answers, record=record))
+    return groups
+
+
+def _answered(record: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """The record with texts as its responses, in the form of its prompt."""
+    talk = is_conversation(record["prompt"])
+    answers = [[{"role": ASSISTANT, "content": text}] if talk else text for text in texts]
+    return {"where": "a prompt", **record, "responses": answers}
+
+
 def response_end(prompts: Sequence[Part], tokenizer: Any) -> int:
     """The token that ends a response to such prompts: EOS, or what the chat template writes."""
     chat = bool(prompts) and is_conversation(prompts[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dpo_jax import build
+from dpo_jax import build, learned
 from dpo_jax.algorithms.best_of_n import expected_score, kl_bound
 from dpo_jax.evaluate import completions, mean_and_error
 from dpo_jax.experiment import Experiment
@@ -74,6 +74,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
     if parent is None:
         raise BadInput("a frontier wants a parent experiment: its samples are the comparison")
     prompts = build.read_records("evaluation.prompts", wanted.prompts, run, member.data)[:PROMPTS]
+    truth = learned.plugged(wanted.rewards[:1], learned.rewards(wanted.rewards[:1], run))
     scores = []
     for start in progress(range(0, len(prompts), AT_ONCE), "sample the reference"):
         drawn = completions(
@@ -82,7 +83,7 @@ def reference_curves(member: Experiment) -> tuple[Curve, Curve]:
             {},
             prompts[start : start + AT_ONCE],
             parent.tokenizer,
-            rewards=wanted.rewards[:1],
+            rewards=truth,
             key=jax.random.fold_in(jax.random.key(member.run.seed), start),
             **dict(wanted.drawing, n=SAMPLES),
         )

@@ -123,6 +123,8 @@ def planned(experiment: Experiment, target: Target, data: Data, rows: int | None
         work = products(made.traced.jaxpr, made.of_batch, dict(mesh.shape), blocks)
         work += Work(bytes=made.moved)
         needed, memory, program = _compiled(made, target)
+    if needed is not None:
+        needed += made.held["rewards"]  # they lie there, and are no argument of an update
     spare = None if needed is None or memory is None else memory - needed
     notes = [*made.notes]
     return Plan(

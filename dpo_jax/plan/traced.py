@@ -1,7 +1,7 @@
 """The train step of an experiment as shapes on a mesh: the pieces that `train` runs, no weights."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import build, functions, labelling, member, optim, parallel, parts, refcache, rundir
+from dpo_jax import (
+    build,
+    functions,
+    labelling,
+    learned,
+    member,
+    optim,
+    parallel,
+    parts,
+    refcache,
+    rundir,
+)
 from dpo_jax.data.packing import Shape, lay_out
 from dpo_jax.experiment import Experiment, Lora, Sampled
 from dpo_jax.models.lora import alike
@@ -87,11 +98,11 @@ def step(
     batch = parallel.abstract(mesh, _completed(algorithm, host, cached))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct((), key.dtype, sharding=parallel.shardings(mesh, key))
+    judges = [_judge(each.parent, mesh, notes) for each in learned.named(experiment.algorithm)]
     places = parallel.shardings(mesh, state)
     update = jit_update(algorithm, tx, places, experiment.run.microbatches)
-    held = {
-        role: parallel.own_bytes(tree) for role, tree in member.roles(model, state, frozen).items()
-    }
+    roles = member.roles(model, state, frozen, judges)
+    held = {role: parallel.own_bytes(tree) for role, tree in roles.items()}
     arguments = (state, frozen, batch, key)
     with jax.set_mesh(mesh):  # its devices may not be here: nothing may run below it
         traced = update.trace(*arguments)
@@ -121,6 +132,15 @@ def _start(
         return state, frozen
 
     return parallel.abstract(mesh, jax.eval_shape(begun, jax.random.key(0)))
+
+
+def _judge(parent: Experiment | str, mesh: jax.sharding.Mesh, notes: list[str]) -> Params:
+    """The weights of a reward model on the mesh of its run."""
+    if not isinstance(parent, Experiment):
+        notes.append(f"the weights of the reward model {parent} are not counted")
+        return {}
+    own = parallel.make_mesh(**asdict(parent.run.mesh), devices=list(mesh.devices.flat))
+    return parallel.abstract(own, parts.shapes(parent))
 
 
 def _go_on(experiment: Experiment) -> bool:

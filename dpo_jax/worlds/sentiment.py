@@ -4,12 +4,12 @@ The language (`grammar.py`) is known exactly, so samples of a model can be judge
 `reward` reads the sentiment off the text, `grammatical` says whether the text is a review at all,
 `log_probability` is the true log-probability with the hidden mood summed out.
 
-`reviews` and `prompts` are data sources, e.g. `functools.partial(reviews, n=60_000, seed=0)`.
+`reviews`, `prompts` and `judged` are data sources, e.g. `partial(reviews, n=60_000, seed=0)`.
 """
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "completions",
     "entropy",
     "grammatical",
+    "judged",
     "legal",
     "log_probability",
     "prompts",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 WORDS = {word: i for word, i in INDEX.items() if word not in (PAD, BOS, EOS)}
+SPOKEN = tuple(WORDS)
 FOREIGN = INDEX[BOS]  # legal nowhere: stands for unknown words and for special ones inside a text
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 2, 8  # words
@@ -129,6 +131,42 @@ def log_probability(texts: Sequence[str], *, complete: bool = True) -> np.ndarra
     """
     _, logp_BM = _walk([text.split() for text in texts], complete=complete)
     return np.logaddexp.reduce(logp_BM, axis=1)
+
+
+def judged(
+    *,
+    n: int,
+    seed: int,
+    annotator: Callable[..., Any],
+    responses: int = 4,
+    broken: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What an annotator says of completions of n prompts, those of `prompts(n=n, seed=seed)`.
+
+    One record a label, best to worst, with the true scores beside them. annotator: (score_K1, rng)
+    -> labels of two responses or more, as in `annotators`. broken: the share of completions in
+    which one word is another, any one of the vocabulary; most of those are no reviews.
+    """
+    records, rng = prompts(n=n, seed=seed), np.random.default_rng(seed)
+    drawn = completions(records, n=responses, seed=seed)
+    texts = [[_broken(text, broken, rng) for text in several] for several in drawn]
+    flat = [text for several in texts for text in several]
+    repeated = [record for record in records for _ in range(responses)]
+    score_BK = reward(repeated, flat).reshape(n, responses)
+    found = []
+    for record, several, score_K in zip(records, texts, score_BK, strict=True):
+        for label in annotator(score_K[:, None], rng):
+            ranked = [several[k] for k in label.order]
+            scores = {"reward": score_K[list(label.order)].tolist()}
+            found.append({**record, "responses": ranked, "scores": scores})
+    return found
+
+
+def _broken(text: str, rate: float, rng: np.random.Generator) -> str:
+    words = text.split()
+    if rng.random() < rate:
+        words[rng.integers(len(words))] = SPOKEN[rng.integers(len(SPOKEN))]
+    return " ".join(words)
 
 
 def entropy(*, n: int = 20_000, seed: int = 0) -> tuple[float, float]:
