@@ -194,8 +194,8 @@ def _plan(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     chosen = experiment.override(experiment.load(arguments.experiment).EXPERIMENT, overrides)
     file = rundir.new_file(arguments.json)
-    names = (arguments.topology or "").split(",") if arguments.topology is not None else ()
-    found = plans(chosen, names, rows=arguments.rows)
+    names = [] if arguments.topology is None else arguments.topology.split(",")
+    found = plans(chosen, [name.strip() for name in names], rows=arguments.rows)
     if file is not None:
         rundir.write(file, show.record(chosen.name, found))
     show.table(chosen.name, found)
