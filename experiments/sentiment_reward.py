@@ -25,6 +25,6 @@ EXPERIMENT = Experiment(
         schedule=optim.cosine,
         warmup=50,
     ),
-    run=Run(steps=2500, eval_every=500, log_every=20),
+    run=Run(steps=3500, eval_every=500, log_every=20),
     evaluation=Evaluation(source=partial(RANKED, n=1000, seed=4)),
 )
