@@ -17,7 +17,7 @@ from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
 from dpo_jax.experiment import Data, Experiment, Reward, Sampled, with_numbers
 from dpo_jax.labelling import Records, sampled_pairs
-from dpo_jax.metrics import flops_per_token
+from dpo_jax.metrics import flops_per_token, local_memory
 from dpo_jax.structs import Algorithm, BadInput, Batch, Context, Group, Model, Params, join, parted
 from dpo_jax.values import show
 
@@ -184,20 +184,14 @@ def _asked(
 ) -> Callable[[list[Group]], list[Group]]:
     """What adds the reference's log-probs to groups, as run.reference says; nothing where they are
     found in every step."""
-    wanted = experiment.run.reference
-    if wanted == "cached" and not algorithm.cacheable:
-        raise BadInput(
-            f"run.reference=cached: {show(experiment.algorithm)} compares with no fixed reference, "
-            "or with more of it than the log-probs of tokens; take run.reference=live"
-        )
-    beside = wanted == "live" or refcache.fits(reference, reference)
-    if not algorithm.cacheable or (wanted != "cached" and beside):
+    options, named = experiment.run, show(experiment.algorithm)
+    if not refcache.chosen(options.reference, algorithm, named, reference, local_memory()):
         return lambda groups: groups
     return partial(
         refcache.filled,
         model=parts.model(experiment),
         reference=reference,
-        dtype=experiment.run.dtype,
+        dtype=options.dtype,
         home=epath.Path(rundir.RUNS),
         mesh=mesh,
     )

@@ -132,6 +132,8 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(listing(name, where, chosen, parser.format_help() if name in FLAGS else ""))
     elif name == "inspect":
         _inspect(arguments, overrides)
+    elif name == "plan":
+        _plan(arguments, overrides)
     elif name in READERS:
         from dpo_jax import commands
 
@@ -184,6 +186,19 @@ def _inspect(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     page.write(found, file)
     terminal.show(found, ids=arguments.ids, whole=arguments.record is not None)
     print(f"page: {file}")
+
+
+def _plan(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from dpo_jax import experiment, rundir
+    from dpo_jax.plan import plans, show
+
+    chosen = experiment.override(experiment.load(arguments.experiment).EXPERIMENT, overrides)
+    file = rundir.new_file(arguments.json)
+    names = [] if arguments.topology is None else arguments.topology.split(",")
+    found = plans(chosen, [name.strip() for name in names], rows=arguments.rows)
+    if file is not None:
+        rundir.write(file, show.record(chosen.name, found))
+    show.table(chosen.name, found)
 
 
 def _losses(what: str) -> int:

@@ -221,7 +221,7 @@ def _drawn(
 def score(arguments: Namespace, overrides: Overrides, others: list[str]) -> None:
     """Print the table of a judge over files, and write what is asked for."""
     written = (arguments.out, arguments.json, arguments.figure)
-    out, table, figure = (_new_file(path) for path in written)
+    out, table, figure = (rundir.new_file(path) for path in written)
     compared = arguments.reference is not None
     if names_model(arguments.experiment):
         result = untrained(arguments.experiment, overrides, compared=compared)
@@ -275,21 +275,6 @@ def _with_subsets(
     if field is not None:
         raise BadInput(f"--subset {field}: no record of {', '.join(others)} has such a field")
     return rows if len(others) == 1 else [row | {"subset": row["source"]} for row in rows]
-
-
-def _new_file(path: str | None) -> epath.Path | None:
-    """Where to write a file, its folder made. Raises BadInput where that cannot be."""
-    if path is None:
-        return None
-    file = epath.Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_dir():
-            return file
-        reason = "a folder"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise BadInput(f"{path}: cannot be written ({reason}): give another file")
 
 
 # export

@@ -146,9 +146,17 @@ def held(
     them: a value head or critic, the head of a reward. reference, optimizer; rewards: the models
     that score samples; memory: what else is kept, as a moving reference.
     """
+    found = roles(model, state, frozen, judges)
+    return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in found.items()}
+
+
+def roles(
+    model: Model, state: TrainState, frozen: Mapping[str, Params], judges: Params
+) -> dict[str, Any]:
+    """What a run holds from step to step, by role, as `held` names them."""
     own = jax.eval_shape(model.init, jax.random.key(0)).keys()
     decoder = {name: x for name, x in state.params.items() if name in own}
-    roles = {
+    return {
         "policy": (decoder, frozen.get("base", {})),
         "heads": {name: x for name, x in state.params.items() if name not in own},
         "reference": frozen.get("reference", {}),
@@ -156,7 +164,6 @@ def held(
         "optimizer": state.opt_state,
         "memory": state.memory,
     }
-    return {role: sum(x.nbytes for x in jax.tree.leaves(tree)) for role, tree in roles.items()}
 
 
 def start_state(

@@ -130,6 +130,21 @@ PEAKS = {
 }
 
 
+# Memory of one jax device and how fast it is read, from Google's pages on each generation
+# (docs.cloud.google.com/tpu/docs/v5e and so on).
+GB, GIB = 1e9, 2**30
+MEMORIES = {
+    "TPU v4": (32 * GIB, 1200 * GB),
+    "TPU v5": (95 * GIB, 2765 * GB),
+    "TPU v5p": (95 * GIB, 2765 * GB),
+    "TPU v5 lite": (16 * GIB, 819 * GB),
+    "TPU v5e": (16 * GIB, 819 * GB),
+    "TPU v6 lite": (32 * GIB, 1638 * GB),
+    "TPU v6e": (32 * GIB, 1638 * GB),
+    "TPU7x": (96 * GIB, 3690 * GB),
+}
+
+
 def flops_per_token(
     params: Params, *, L: int = 0, H: int = 0, E: int = 0, span: float = 0.0, passes: int = 3
 ) -> float:
@@ -145,8 +160,22 @@ def flops_per_token(
 
 def listed_peak(kind: str) -> float | None:
     """The peak of one device of this kind: that of the longest name in it, None where none is."""
-    known = [name for name in PEAKS if name in kind]
-    return PEAKS[max(known, key=len)] if known else None
+    return _listed(PEAKS, kind)
+
+
+def listed_memory(kind: str) -> tuple[int | None, float | None]:
+    """(bytes, bytes a second) of the memory of one device of this kind; None = not known."""
+    return _listed(MEMORIES, kind) or (None, None)
+
+
+def local_memory() -> int | None:
+    """Bytes of the first device here; None where it does not say, as a CPU does not."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _listed(table: Mapping[str, Any], kind: str) -> Any:
+    known = [name for name in table if name in kind]
+    return table[max(known, key=len)] if known else None
 
 
 def peak_flops() -> tuple[float, str]:

@@ -165,6 +165,14 @@ def row_multiple(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def own_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of what `abstract` makes."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def abstract(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Shapes and dtypes of a tree with the shardings that its names give it."""
     return jax.tree.map(

@@ -21,8 +21,8 @@ from etils import epath
 from dpo_jax.data.loader import sequential
 from dpo_jax.logprobs import ROUNDED, token_logps
 from dpo_jax.metrics import progress
-from dpo_jax.parallel import on_host, row_multiple, shard_batch
-from dpo_jax.structs import BadInput, Batch, Group, Model, Params
+from dpo_jax.parallel import on_host, own_bytes, row_multiple, shard_batch
+from dpo_jax.structs import Algorithm, BadInput, Batch, Group, Model, Params
 
 TOKENS = 2**20  # scored tokens of a part
 ROW_TOKENS, STEP_TOKENS = 2048, 2**14  # of a row where no group needs more; of one call, about
@@ -62,16 +62,29 @@ def filled(
     return [replace(group, ref_logps=[stored[key] for key in keys(group)]) for group in groups]
 
 
-def fits(held: Params, reference: Params) -> bool:
-    """Whether the reference's weights fit a device beside what training holds there: the weights,
-    their gradient and two moments; a fifth stays for activations. True where a device does not say
-    how much memory it has, as a CPU does not."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit is None or 4 * _own_bytes(held) + _own_bytes(reference) <= 0.8 * limit
+def chosen(
+    option: str, algorithm: Algorithm, named: str, reference: Params, memory: int | None
+) -> bool:
+    """Whether the log-probs are found before the first step, as `option`, run.reference, says.
+
+    named: the algorithm, as the message calls it. reference: its weights on the mesh, or their
+    shapes there. memory: bytes of a device, None = not known.
+    Raises: BadInput where they are asked for and there are none to keep.
+    """
+    if option == "cached" and not algorithm.cacheable:
+        raise BadInput(
+            f"run.reference=cached: {named} compares with no fixed reference, or with more of it "
+            "than the log-probs of tokens; take run.reference=live"
+        )
+    beside = option == "live" or fits(reference, reference, memory)
+    return algorithm.cacheable and (option == "cached" or not beside)
 
 
-def _own_bytes(params: Params) -> int:
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+def fits(held: Params, reference: Params, memory: int | None) -> bool:
+    """Whether the reference's weights fit a device of so many bytes beside what training holds
+    there: the weights, their gradient and two moments; a fifth stays for activations. True where
+    the memory is not known."""
+    return memory is None or 4 * own_bytes(held) + own_bytes(reference) <= 0.8 * memory
 
 
 def keys(group: Group) -> list[bytes]:

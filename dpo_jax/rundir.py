@@ -185,6 +185,21 @@ def precision(home: epath.Path) -> str:
     return next((text.partition("[")[0] for text in texts), "float32")
 
 
+def new_file(path: str | None) -> epath.Path | None:
+    """Where to write a file, its folder made. Raises BadInput where that cannot be."""
+    if path is None:
+        return None
+    file = epath.Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_dir():
+            return file
+        reason = "a folder"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise BadInput(f"{path}: cannot be written ({reason}): give another file")
+
+
 def write(path: epath.Path, text: str) -> None:
     """Write a text file whole or not at all; the first process does."""
     if jax.process_index():

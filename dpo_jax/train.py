@@ -73,6 +73,14 @@ def make_update(
     return update
 
 
+def jit_update(
+    algorithm: Algorithm, tx: optax.GradientTransformation, places: TrainState, microbatches: int
+) -> Any:
+    """`make_update` as it runs: the state is given away, the new one lies where `places` says."""
+    update = make_update(algorithm, tx, microbatches=microbatches)
+    return jax.jit(update, donate_argnums=0, out_shardings=(places, None), compiler_options=ROUNDED)
+
+
 def split(batch: Batch, parts: int) -> Batch:
     """Every row array as (parts, R / parts, ...), a share of each device's rows in every part."""
     shared = batch.shared
@@ -241,10 +249,7 @@ class Stepper:
         self.algorithm, self.setup = setup.algorithm, setup
         tx = optim.transformation(experiment.optim, self.member.steps)
         places = shardings(setup.mesh, self._state)
-        update = make_update(self.algorithm, tx, microbatches=experiment.run.microbatches)
-        self.update = jax.jit(
-            update, donate_argnums=0, out_shardings=(places, None), compiler_options=ROUNDED
-        )
+        self.update = jit_update(self.algorithm, tx, places, experiment.run.microbatches)
         self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
         for shape in setup.loader.ladder if self.algorithm.fused else ():
@@ -346,7 +351,7 @@ def trace(experiment: Experiment) -> Metrics:
         trained, memory, frozen = parts.begun(algorithm, params, key)
         state = TrainState(jnp.int32(0), trained, None, memory, jnp.int32(0))
         if algorithm.online is not None:
-            whole = _with_columns(batch)
+            whole = with_columns(batch)
         else:
             whole, memory = algorithm.collect(state, frozen, batch, key)
         return algorithm.objective(trained, frozen, memory, algorithm.measure(whole), key)[1]
@@ -355,7 +360,7 @@ def trace(experiment: Experiment) -> Metrics:
     return jax.eval_shape(step, jax.eval_shape(model.init, key), key)
 
 
-def _with_columns(batch: Batch) -> Batch:
+def with_columns(batch: Batch) -> Batch:
     """The batch with the columns of a rollout, for their shapes."""
     names = ("old_logp_RN", "ref_logp_RN", "advantage_RN", "return_RN", "value_RN")
     return replace(batch, **dict.fromkeys(names, np.zeros_like(batch.weight_RN)))

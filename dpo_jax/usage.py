@@ -12,6 +12,8 @@ COMMANDS = {
     "evaluation.prompts, a JSON line each; without any (or with -) to what is piped in, a prompt a "
     "line, or to what is typed, line by line until Ctrl-D",
     "inspect": "show what the model will see of the data, token by token, and write it as a page",
+    "plan": "compile the train step ahead of time, for TPUs that are not here or for the devices "
+    "that are, and print what it needs of each: memory, flops, time, collectives",
     "score": "score every response in files of records by a finished run, or by a model folder in "
     "its place, and print how often chosen ones are above rejected ones, and how well the margins "
     "say so",
@@ -75,6 +77,18 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--record": {"type": int, "help": "show this record of data.source, in full"},
         "--ids": {"action": "store_true", "help": "show the id of every token"},
         "--html": {"metavar": "FILE", "help": "the page; runs/<run>-inspect.html if none"},
+    },
+    "plan": {
+        "--topology": {
+            "metavar": "NAMES",
+            "help": "TPUs, as v5e:4x4, or several: v5e:4x4,v5p:2x2x2; the devices here if none",
+        },
+        "--rows": {
+            "type": int,
+            "metavar": "N",
+            "help": "rows of data.row_tokens in a step, in place of those that the data make",
+        },
+        "--json": {"metavar": "FILE", "help": "write the plans as JSON"},
     },
     "export": {
         "--dtype": {

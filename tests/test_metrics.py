@@ -314,3 +314,12 @@ def test_the_longest_name_in_the_kind_counts(kind, peak):
 
 def test_unknown_kinds_are_not_listed():
     assert metrics.listed_peak("cpu") is None
+    assert metrics.listed_memory("cpu") == (None, None)
+
+
+def test_memory_is_that_of_a_device():
+    assert metrics.listed_memory("TPU v5 lite") == (16 * 2**30, 819e9)
+    assert metrics.listed_memory("TPU v5") == (95 * 2**30, 2765e9)
+    # two devices share the 192 GiB and 7.38 TB/s of a chip
+    assert metrics.listed_memory("TPU7x") == (96 * 2**30, 3690e9)
+    assert {name for name in metrics.MEMORIES if "TPU" in name} <= metrics.PEAKS.keys()

@@ -207,4 +207,3 @@ def test_what_has_no_reference_to_keep_is_refused(place, changes):
 def test_it_is_live_where_a_device_says_nothing_of_its_memory(place):
     result = trained("auto", "auto", **{"run.steps": 1})
     assert result.held["reference"] > 0
-    assert refcache.fits(PARAMS, PARAMS)

@@ -37,8 +37,14 @@ class Schedule:
 
 
 def sizes() -> Sizes:
-    """Those of the backend."""
-    return SIZES.get(jax.default_backend(), LARGE)
+    """Those of the platform."""
+    return SIZES.get(platform(), LARGE)
+
+
+def platform() -> str:
+    """Of the devices of the mesh, which need not be here; without a mesh, of the backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def block_of(T: int) -> int:

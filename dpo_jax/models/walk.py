@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from dpo_jax.models.schedule import Schedule, filled, schedule, sizes, whole
+from dpo_jax.models.schedule import Schedule, filled, platform, schedule, sizes, whole
 from dpo_jax.parallel import letters, partition
 from dpo_jax.structs import precise
 
@@ -129,7 +129,7 @@ class Way(NamedTuple):
 
 def way() -> Way:
     """The kernels of attention_tpu.py on TPUs, what is written here elsewhere."""
-    if jax.default_backend() == "tpu":
+    if platform() == "tpu":
         from dpo_jax.models import attention_tpu
 
         return Way("pallas", attention_tpu.forwards, attention_tpu.backwards)
