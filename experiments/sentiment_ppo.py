@@ -6,7 +6,6 @@ Result: TODO
 from dataclasses import replace
 from functools import partial
 
-from dpo_jax import optim
 from dpo_jax.algorithms.ppo import ppo
 from dpo_jax.experiment import Data, Experiment, Optim, Run
 from dpo_jax.worlds import sentiment
@@ -32,7 +31,7 @@ EXPERIMENT = Experiment(
         kl_target=6.0,
         kl_horizon=300,
     ),
-    optim=Optim(learning_rate=2e-3, optimizer=HEAD, schedule=optim.cosine),
+    optim=Optim(learning_rate=2e-3, optimizer=HEAD),
     run=Run(steps=60, eval_every=10),
     evaluation=replace(DPO.evaluation, source=None),
 )
