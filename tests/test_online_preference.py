@@ -61,17 +61,15 @@ def groups(batch) -> list[Group]:
             responses.append(batch.target_RN[row][here])
         source = batch.source_RN[row][here][0]  # the prompt's last token, as of all of them
         start = source - batch.positions_RT[row, source]
-        labels = {
-            name: None if column is None else float(column[row, slot])
-            for name, column in (("label", batch.label_RG), ("soft_label", batch.soft_label_RG))
-        }
-        scores = batch.score_RGKC[row, slot, : len(responses)]
-        prompt = batch.tokens_RT[row, start : source + 1]
-        found.append(
-            Group(
-                prompt, responses, scores=scores, weight=float(batch.weight_RG[row, slot]), **labels
-            )
+        label, soft_label = (
+            None if column is None else float(column[row, slot])
+            for column in (batch.label_RG, batch.soft_label_RG)
         )
+        group = Group(batch.tokens_RT[row, start : source + 1], responses)
+        scores = batch.score_RGKC[row, slot, : len(responses)]
+        weight = float(batch.weight_RG[row, slot])
+        said_of_it = {"scores": scores, "weight": weight, "label": label, "soft_label": soft_label}
+        found.append(replace(group, **said_of_it))
     return sorted(found, key=said)
 
 
@@ -88,7 +86,11 @@ def test_rows_and_mesh_change_no_sample_and_no_label(made):
     assert len(whole) > 4
     assert all(len(set(responses)) == len(responses) for (_, *responses), *_ in whole)
     mesh = make_mesh(data=4, fsdp=2)
-    for layout in ({"row_tokens": 16}, {"row_tokens": 32, "rows": 8, "mesh": mesh}):
+    layouts: tuple[dict[str, Any], ...] = (
+        {"row_tokens": 16},
+        {"row_tokens": 32, "rows": 8, "mesh": mesh},
+    )
+    for layout in layouts:
         assert list(map(said, groups(collected(made, **layout)[2]))) == whole
     assert list(map(said, groups(collected(made, key=jax.random.key(4))[2]))) != whole
 
@@ -180,8 +182,8 @@ def test_the_best_stands_before_the_worst_and_equal_ones_make_no_pair():
     _, _, batch = collected(made, prompts=online.asked(16))
     found = groups(batch)
     assert len({group.prompt.tobytes() for group in found}) == 1
-    assert all(np.ptp(group.scores) > 0 for group in found)
-    assert all(group.scores[0, 0] > group.scores[1, 0] for group in found)
+    scores = [np.asarray(group.scores) for group in found]
+    assert all(score_KC[0, 0] > score_KC[1, 0] for score_KC in scores)
     assert batch.shared["frac_unlabelled"] == 1 - len(found) / 16 >= 0.5
     bound, state, batch = collected(partial(made, rewards=(nothing,)))
     assert batch.shared["frac_unlabelled"] == 1 and (batch.record_RG >= 0).sum() == 1
