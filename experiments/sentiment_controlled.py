@@ -1,6 +1,7 @@
 """dpo-jax train experiments/sentiment_controlled.py: DPO on pairs that the true reward orders.
 Cost: a minute on 2 CPU cores, beside the SFT run.
-Result: TODO
+Result: true reward 0.75 +- 0.13 at 1.24 +- 0.01 nats, three seeds (commit ede18c1, 2 cores of an
+AMD EPYC, 320 prompts; docs/results.md).
 """
 
 from dataclasses import replace

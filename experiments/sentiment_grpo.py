@@ -1,6 +1,7 @@
 """dpo-jax train experiments/sentiment_grpo.py: GRPO on the true reward, four samples a prompt.
 Cost: half a minute on 2 CPU cores, beside the SFT run.
-Result: TODO
+Result: true reward 3.72 +- 0.04 at 10.07 +- 0.56 nats, 97% grammatical, three seeds (commit
+d9893a4, 2 cores of an AMD EPYC, 320 prompts; docs/results.md).
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """dpo-jax train experiments/sentiment_ppo.py: PPO on the true reward, held near a KL of 6 nats.
 Cost: half a minute on 2 CPU cores, beside the SFT run.
-Result: TODO
+Result: true reward 2.60 +- 0.12 at 5.27 +- 0.53 nats, 98% grammatical, three seeds (commit
+d9893a4, 2 cores of an AMD EPYC, 320 prompts; docs/results.md).
 """
 
 from dataclasses import replace
