@@ -29,7 +29,7 @@ def tables(rows: Sequence[Row], reward: str) -> None:
     errors = f"standard error over {seeds} seeds" if seeds > 1 else "standard error"
     worth = Table(title=f"held out and sampled, at the last step (mean +- {errors})")
     present = [name for name in FORMS if any(row[name] is not None for row in rows)]
-    worth.add_column("run", min_width=max(len(row["name"]) for row in rows))
+    worth.add_column("run", overflow="fold")  # no name is cut short
     for column in (f"true {reward}", "KL (nats)", *(x.replace("_", " ") for x in present)):
         worth.add_column(column, justify="right")
     for row in rows:
@@ -42,7 +42,7 @@ def tables(rows: Sequence[Row], reward: str) -> None:
     Console().print(worth)
     memory = Table(title="arrays held from step to step, MB")
     roles = [role for role in ROLES if any(row["bytes"].get(role) for row in rows)]
-    memory.add_column("run", min_width=max(len(row["line"]) for row in rows))
+    memory.add_column("run", overflow="fold")
     for column in (*roles, "all"):
         memory.add_column(column, justify="right")
     for name, held in {row["line"]: row["bytes"] for row in rows}.items():
