@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from dpo_jax.data.loader import sequential
 from dpo_jax.logprobs import ROUNDED, token_logps
@@ -47,10 +48,13 @@ def filled(
     reference: the weights as the Model takes them, on the mesh; dtype: the precision it runs in.
     Raises: BadInput where what is stored differs from what the reference says now.
     """
+    if jax.process_count() > 1:  # all read the same files, none while another writes
+        multihost_utils.sync_global_devices("log-probs of the reference")
     folder = home / f"reference-{fingerprint(reference, dtype)}"
-    stored = _stored(folder)
-    known = [group for group in groups if all(key in stored for key in keys(group))]
-    fresh = [group for group in groups if any(key not in stored for key in keys(group))]
+    stored, named = _stored(folder), [keys(group) for group in groups]
+    there = [all(key in stored for key in own) for own in named]
+    known = [group for group, whole in zip(groups, there, strict=True) if whole]
+    fresh = [group for group, whole in zip(groups, there, strict=True) if not whole]
     _check(known[:CHECKED], stored, folder, TOLERANCE[dtype], model, reference, mesh)
     part: Values = {}
     for found in live(fresh, model, reference, mesh):
@@ -59,7 +63,10 @@ def filled(
             stored |= _add(folder, part)
             part = {}
     stored |= _add(folder, part) if part else {}
-    return [replace(group, ref_logps=[stored[key] for key in keys(group)]) for group in groups]
+    return [
+        replace(group, ref_logps=[stored[key] for key in own])
+        for group, own in zip(groups, named, strict=True)
+    ]
 
 
 def chosen(
@@ -76,15 +83,15 @@ def chosen(
             f"run.reference=cached: {named} compares with no fixed reference, or with more of it "
             "than the log-probs of tokens; take run.reference=live"
         )
-    beside = option == "live" or fits(reference, reference, memory)
+    beside = option == "live" or fits(reference, memory)
     return algorithm.cacheable and (option == "cached" or not beside)
 
 
-def fits(held: Params, reference: Params, memory: int | None) -> bool:
-    """Whether the reference's weights fit a device of so many bytes beside what training holds
-    there: the weights, their gradient and two moments; a fifth stays for activations. True where
+def fits(reference: Params, memory: int | None) -> bool:
+    """Whether the reference's weights fit a device of so many bytes beside what training holds of
+    as many: the weights, their gradient and two moments; a fifth stays for activations. True where
     the memory is not known."""
-    return memory is None or 4 * own_bytes(held) + own_bytes(reference) <= 0.8 * memory
+    return memory is None or 5 * own_bytes(reference) <= 0.8 * memory
 
 
 def keys(group: Group) -> list[bytes]:

@@ -235,6 +235,21 @@ def show(found: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def told(
+    measured: Callable[[], dict[str, Any]], out: str | None, show: Callable[..., None] = show
+) -> None:
+    """Print what was measured, and write it to `out`. Unusable input is one line on stderr and exit
+    status 2."""
+    try:
+        found = measured()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    show(found)
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policy", required=True, metavar="DIR")
@@ -248,27 +263,25 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, help="by default twice the longest pair")
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
-    try:
-        rows = read_ids("--pairs", given.pairs, ("prompt", "chosen", "rejected"))
-        groups = [Group(prompt, responses) for prompt, *responses in rows]
-        loader_of = partial(
-            InOrder,
-            step_groups=given.batch,
-            row_tokens=given.row_tokens or 2 * max(group.tokens for group in groups),
-            seed=0,
-            steps=PLANNED,
-            rows_multiple=jax.device_count(),
-        )
-        steps = given.steps or max(1, len(groups) // given.batch)
-        cached = given.cached_reference
-        prepare = partial(prepared, given.policy, given.reference, groups, cached=cached)
-        found = record(timed(prepare, loader_of, steps), cached)
-    except BadInput as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    show(found)
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+    told(partial(measured, given), given.json)
+
+
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The record of a run of steps. Raises BadInput."""
+    rows = read_ids("--pairs", given.pairs, ("prompt", "chosen", "rejected"))
+    groups = [Group(prompt, responses) for prompt, *responses in rows]
+    loader_of = partial(
+        InOrder,
+        step_groups=given.batch,
+        row_tokens=given.row_tokens or 2 * max(group.tokens for group in groups),
+        seed=0,
+        steps=PLANNED,
+        rows_multiple=jax.device_count(),
+    )
+    steps = given.steps or max(1, len(groups) // given.batch)
+    cached = given.cached_reference
+    prepare = partial(prepared, given.policy, given.reference, groups, cached=cached)
+    return record(timed(prepare, loader_of, steps), cached)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-from bench import WARM, commit, hardware
+from bench import WARM, commit, hardware, told
 
 from dpo_jax.structs import BadInput
 
@@ -226,6 +227,8 @@ def show(found: dict[str, Any]) -> None:
 
 def compared(given: argparse.Namespace) -> dict[str, Any]:
     """Run everything. Raises BadInput where ours cannot run."""
+    if min(given.rounds, given.steps) < 1:
+        raise BadInput("--rounds and --steps must be at least 1")
     asked = {"trl": given.trl_python, "tunix": given.tunix_python}
     work, pythons, has, skipped = Path(given.work), {"ours": sys.executable}, {}, []
     for owner, python in asked.items():
@@ -269,16 +272,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if min(given.rounds, given.steps) < 1:
-            raise BadInput("--rounds and --steps must be at least 1")
-        found = compared(given)
-    except BadInput as error:
-        print(f"bench_peers.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    show(found)
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+    told(partial(compared, given), given.json, show)
 
 
 if __name__ == "__main__":

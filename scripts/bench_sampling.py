@@ -11,16 +11,14 @@ log-probs come back to the host. The first call compiles and does not count.
 """
 
 import argparse
-import json
 import os
-import sys
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from bench import commit, hardware, peak_mb, read_ids, show
+from bench import commit, hardware, peak_mb, read_ids, told
 
 from dpo_jax import parallel, sampling
 from dpo_jax.models import hf
@@ -99,24 +97,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, metavar="CALLS", help="that count")
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
-    try:
-        if min(given.batch, given.repeats) < 1:
-            raise BadInput("--batch and --repeats must be at least 1")
-        rows = read_ids("--prompts", given.prompts, ("prompt",))
-        if len(rows) < given.batch:
-            raise BadInput(
-                f"--prompts {given.prompts}: {len(rows)} prompts, --batch {given.batch}; give more "
-                "lines or a smaller batch"
-            )
-        prompts = [prompt for (prompt,) in rows[: given.batch]]
-        options = {"n": given.n, "max_tokens": given.max_tokens, "repeats": given.repeats}
-        found = record(timed(given.policy, prompts, **options), given)
-    except BadInput as error:
-        print(f"bench_sampling.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    show(found)
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+    told(partial(measured, given), given.json)
+
+
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The record of several calls. Raises BadInput."""
+    if min(given.batch, given.repeats) < 1:
+        raise BadInput("--batch and --repeats must be at least 1")
+    rows = read_ids("--prompts", given.prompts, ("prompt",))
+    if len(rows) < given.batch:
+        raise BadInput(
+            f"--prompts {given.prompts}: {len(rows)} prompts, --batch {given.batch}; give more "
+            "lines or a smaller batch"
+        )
+    prompts = [prompt for (prompt,) in rows[: given.batch]]
+    options = {"n": given.n, "max_tokens": given.max_tokens, "repeats": given.repeats}
+    return record(timed(given.policy, prompts, **options), given)
 
 
 if __name__ == "__main__":
