@@ -1,5 +1,5 @@
 """dpo-jax frontier experiments/sentiment_frontier.py: DPO and what it replaces, three seeds.
-Cost: 35 minutes on 2 CPU cores beside other work, SFT run, pairs and reward model included.
+Cost: 24 minutes on 2 CPU cores, SFT run, pairs and reward model included.
 Result: runs/sentiment_frontier/frontier.png, frontier.json and tables, after figure 2 of the DPO
 paper (2305.18290); numbers with hardware and commit: docs/results.md.
 """

@@ -1,5 +1,5 @@
 """dpo-jax frontier experiments/sentiment_frontier_quick.py: the frontier of all methods, in small.
-Cost: eight minutes beside other work on 2 CPU cores, six of CPU time; SFT and pairs included.
+Cost: four and a half minutes on 2 CPU cores, SFT and pairs included.
 Result: runs/sentiment_frontier_quick/frontier.png: one seed, half the steps, a setting a method.
 """
 

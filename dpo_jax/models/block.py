@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -78,6 +79,13 @@ def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(x / cap); x where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@partial(jax.checkpoint, static_argnums=0)
+def activated(act: Callable[[jax.Array], jax.Array], first: jax.Array, *up: jax.Array) -> jax.Array:
+    """act(first) * up. What lies in between is as wide as the MLP and cheap: it is made again on
+    the way back, not kept."""
+    return math.prod(up, start=act(first))
 
 
 class Block(nn.Module):
@@ -166,10 +174,9 @@ class Block(nn.Module):
 
     def mlp(self, x_RTD):
         c = self.config
-        act, first = ACTIVATIONS[c.activation], "gate_DF" if c.gated else "up_DF"
-        wide_RTF = act(self.product("rtd,df->rtf", x_RTD, first, c.mlp_bias))
-        if c.gated:
-            wide_RTF = wide_RTF * self.product("rtd,df->rtf", x_RTD, "up_DF", c.mlp_bias)
+        names = ("gate_DF", "up_DF") if c.gated else ("up_DF",)
+        made = [self.product("rtd,df->rtf", x_RTD, name, c.mlp_bias) for name in names]
+        wide_RTF = activated(ACTIVATIONS[c.activation], *made)
         return self.product("rtf,fd->rtd", wide_RTF, "down_FD", c.mlp_bias)
 
     @nn.compact
