@@ -25,6 +25,7 @@ from dpo_jax.structs import Batch, Group, Model, Scored, TrainState
 PARAMS = MODEL.init(jax.random.key(0))
 OTHER = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), PARAMS)
 STATE = TrainState(jnp.int32(0), PARAMS, None, {}, jnp.int32(0))
+LOGPS = jax.jit(partial(response_logps, MODEL))
 
 
 def small_chunks(monkeypatch, batch, tokens: int):
@@ -44,8 +45,8 @@ def test_chunked_head_equals_naive_in_value_and_gradient(monkeypatch, chunk):
     np.testing.assert_allclose(
         token_logps(MODEL, PARAMS, batch), naive_token_logps(MODEL, PARAMS, batch), atol=2e-6
     )
-    chunked = jax.grad(partial(total, token_logps))(PARAMS)
-    naive = jax.grad(partial(total, naive_token_logps))(PARAMS)
+    chunked = jax.jit(jax.grad(partial(total, token_logps)))(PARAMS)
+    naive = jax.jit(jax.grad(partial(total, naive_token_logps)))(PARAMS)
     assert relative_error(chunked, naive) < 1e-5
 
 
@@ -94,13 +95,13 @@ def test_packed_rows_equal_one_response_a_row(loss):
         share_B = weight_B * length_BK[:, 0] if per_token else weight_B
         return jnp.sum(loss_B * share_B) / jnp.sum(share_B)
 
-    one, other = jax.value_and_grad(through_packed)(PARAMS), jax.value_and_grad(by_hand)(PARAMS)
+    one, other = (jax.jit(jax.value_and_grad(f))(PARAMS) for f in (through_packed, by_hand))
     assert relative_error(one, other) < 1e-5
 
-    packed_RGK = response_logps(MODEL, PARAMS, packed)
+    packed_RGK = LOGPS(PARAMS, packed)
     at = packed.record_RG >= 0
     packed_BK = packed_RGK[at][np.argsort(packed.record_RG[at])]
-    alone_B = response_logps(MODEL, PARAMS, rows)[np.argsort(rows.record_RG[:, 0]), 0, 0]
+    alone_B = LOGPS(PARAMS, rows)[np.argsort(rows.record_RG[:, 0]), 0, 0]
     np.testing.assert_allclose(packed_BK.reshape(-1), alone_B, rtol=1e-5)
 
 
@@ -109,7 +110,7 @@ def test_padding_rows_and_places_change_nothing():
     small, large = pack(items, row_tokens=48), pack(items, row_tokens=64, rows=5)
     values = []
     for batch in (small, large):
-        logp_RGK = response_logps(MODEL, PARAMS, batch)
+        logp_RGK = LOGPS(PARAMS, batch)
         at = batch.record_RG >= 0
         values.append(np.asarray(logp_RGK[at][np.argsort(batch.record_RG[at])]))
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)

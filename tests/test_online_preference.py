@@ -127,11 +127,11 @@ def test_value_and_gradient_are_those_of_the_same_groups_as_data(name):
     offline = preference(online.MODEL, **named)
     rows = pack(groups(batch), row_tokens=50)
     assert rows.tokens_RT.shape != batch.tokens_RT.shape
-    rows, memory = offline.collect(started(offline), online.FROZEN, rows, KEY)
+    rows, memory = jax.jit(offline.collect)(started(offline), online.FROZEN, rows, KEY)
     same(state.memory, memory)
 
     def value(algorithm, batch):
-        objective = jax.value_and_grad(algorithm.objective, has_aux=True)
+        objective = jax.jit(jax.value_and_grad(algorithm.objective, has_aux=True))
         return objective(state.params, online.FROZEN, memory, algorithm.measure(batch), KEY)
 
     (found, metrics), gradient = value(bound, batch)
@@ -187,7 +187,7 @@ def test_the_best_stands_before_the_worst_and_equal_ones_make_no_pair():
     assert batch.shared["frac_unlabelled"] == 1 - len(found) / 16 >= 0.5
     bound, state, batch = collected(partial(made, rewards=(nothing,)))
     assert batch.shared["frac_unlabelled"] == 1 and (batch.record_RG >= 0).sum() == 1
-    objective = jax.grad(bound.objective, has_aux=True)
+    objective = jax.jit(jax.grad(bound.objective, has_aux=True))
     gradient, metrics = objective(
         state.params, online.FROZEN, state.memory, bound.measure(batch), KEY
     )

@@ -142,7 +142,7 @@ def pulled(params, batch, kl, kl_in) -> np.ndarray:
     algorithm = policy_gradient(
         online.MODEL, rewards=(online.truth,), beta=1.0, kl=kl, kl_in=kl_in, loss=score_function
     )
-    gradient = jax.grad(algorithm.objective, has_aux=True)
+    gradient = jax.jit(jax.grad(algorithm.objective, has_aux=True))
     return flat(gradient(params, online.FROZEN, {}, batch, None)[0])
 
 
@@ -244,7 +244,7 @@ def test_equal_groups_weigh_nothing_where_they_are_skipped():
         state = online.started(bound)
         batch, _ = bound.collect(state, {}, online.asked(8), jax.random.key(0))
         whole = bound.measure(batch)
-        gradient = jax.grad(bound.objective, has_aux=True)
+        gradient = jax.jit(jax.grad(bound.objective, has_aux=True))
         return gradient(state.params, {}, {}, whole, None)[0], batch.shared
 
     plain, values = gradients()

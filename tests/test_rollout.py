@@ -172,7 +172,7 @@ def test_a_second_body_starts_as_the_policy_and_moves_apart():
     shared = collected(PPO)
     own = collected(ppo(online.MODEL, **COMMON, n=2, passes=1, critic="separate", beta=0.2))
     for bound, state, batch in (shared, own):
-        gradient = jax.grad(bound.objective, has_aux=True)
+        gradient = jax.jit(jax.grad(bound.objective, has_aux=True))
         part = replace(bound.measure(batch), advantage_RN=np.zeros_like(batch.advantage_RN))
         grads, _ = gradient(state.params, online.FROZEN, state.memory, part, KEY)
         head = grads["critic"] if "critic" in grads else grads
