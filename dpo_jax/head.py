@@ -1,15 +1,16 @@
 """What the logits of scored tokens say, walked over in chunks: no rows x tokens x vocabulary array.
 
-A chunk is as many tokens as LOGITS_AT_ONCE allows of this vocabulary, so the temporaries do not
-grow with it. One pass gives every statistic; the backward pass keeps a few numbers a token and
-makes the logits once more. With p the policy's distribution over logits z and q the reference's:
+A device puts its tokens on a line, those that are used first, and walks over as many chunks as they
+fill. A chunk has no more logits than LOGITS_AT_ONCE, so the temporaries do not grow with the
+vocabulary. One pass gives every statistic; the backward pass keeps a few numbers a token and makes
+the logits once more. With p the policy's distribution over logits z and q the reference's:
 
     d log p(t) / dz = [t] - p              d KL(q, p) / dz = p - q
     d H(p) / dz = -p (log p + H)           d KL(p, q) / dz = p (log p - log q - KL(p, q))
 
 On a mesh every device walks over its own rows, and gradients are summed over devices once, behind
 the walk; the logits of a chunk are parted along the vocabulary over the tensor axis.
-The letter C counts the tokens of a chunk here, those of all rows on a line.
+The letter C counts the tokens of a chunk here, and P the places of all rows on a line.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from dpo_jax.parallel import over_rows, pinned, shards
+from dpo_jax.parallel import over_rows, parts_of, pinned, shards
 from dpo_jax.structs import Array, Params, precise
 
 LOGITS_AT_ONCE = 2**24  # elements of the logits that a device holds at a time
+LEAST = 256  # tokens of a chunk that is one of several, where their logits have room
 
 
 class Statistics(NamedTuple):
@@ -65,13 +68,15 @@ class _Plan(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What a walk reads: weights and temperature are whole on every device, the rest is rows."""
+    """What a walk reads: the first four are whole on every device, the rest is rows."""
 
     leaves: list[Any]
     ref_leaves: list[Any]
     temperature: Any
+    most: Any  # tokens that are used on the device that uses most
     hidden_RND: Any
     target_RN: Any
+    used_RN: Any
     ref_hidden_RND: Any
 
 
@@ -108,13 +113,16 @@ def side(
 def statistics(
     policy: Side,
     target_RN: Array,
+    used_RN: Array,
     *,
     reference: Side | None = None,
     wanted: Wanted,
     temperature: float | jax.Array = 1.0,
 ) -> Statistics:
-    """The statistics of every token, float32 or better, each x_RN.
+    """The statistics of every token, float32 or better, each x_RN, 0 where used_RN is False.
 
+    Places that are not used cost nothing but the rest of a last chunk. Nothing that stands
+    there is read, whatever it is: hidden states, targets, slopes of the statistics.
     temperature divides the logits of both sides. Gradients flow to the policy's weights and hidden
     states, through log p(target), the entropy and the KLs: not to the reference, the temperature
     or log sum p^2. Weights that are not differentiated cost nothing in the backward pass.
@@ -129,7 +137,9 @@ def statistics(
     walk.defvjp(partial(_kept, plan), partial(_backward, plan), symbolic_zeros=True)
     ref_leaves, ref_hidden_RND = (None, None) if reference is None else reference[1:3]
     fixed = jax.lax.stop_gradient((ref_leaves, jnp.asarray(temperature, float), ref_hidden_RND))
-    return walk(policy.leaves, *fixed[:2], policy.hidden_RND, jnp.asarray(target_RN), fixed[2])
+    used_RN = jnp.asarray(used_RN, bool)
+    tokens = policy.hidden_RND, jnp.asarray(target_RN), used_RN
+    return walk(policy.leaves, *fixed[:2], _most(used_RN), *tokens, fixed[2])
 
 
 def _forward(plan: _Plan, given: _Operands) -> tuple[Statistics, _Kept]:
@@ -142,7 +152,7 @@ def _forward(plan: _Plan, given: _Operands) -> tuple[Statistics, _Kept]:
                 r_CV = _logits(plan.ref_logits, read, hidden_CD, whole.temperature)
             return carry, _said(plan.wanted, tokens.target_RN, z_CV, r_CV)
 
-        return _walk(one, plan.vocabulary, None, rows, None)[1]
+        return _walk(one, plan.vocabulary, (rows.used_RN, whole.most), None, rows, None)[1]
 
     return over_rows(walked, *_parted(given))
 
@@ -182,19 +192,20 @@ def _backward(plan: _Plan, residuals: Any, slope: Statistics) -> tuple[Any, ...]
             return jax.tree.map(lambda total, x: total + x, summed, own), slope_CD
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, precise(x[:0]).dtype), trained)
-        return _walk(one, plan.vocabulary, zeros, rows, slope)
+        line = rows[0].used_RN, given.most
+        return _walk(one, plan.vocabulary, line, zeros, rows, slope)
 
     whole, rows = _parted(given)
     whole = (trained, frozen, whole)
     summed, slope_RND = over_rows(walked, whole, (rows, kept), slope, sums=True)
     summed = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), summed, trained)
-    return summed, None, None, slope_RND, None, None
+    return summed, None, None, None, slope_RND, None, None, None
 
 
 def _parted(given: _Operands) -> tuple[_Operands, _Operands]:
     """What is whole on every device, and what is rows."""
-    whole = given._replace(hidden_RND=None, target_RN=None, ref_hidden_RND=None)
-    return whole, given._replace(leaves=None, ref_leaves=None, temperature=None)
+    whole = given._replace(hidden_RND=None, target_RN=None, used_RN=None, ref_hidden_RND=None)
+    return whole, given._replace(leaves=None, ref_leaves=None, temperature=None, most=None)
 
 
 def _logits(
@@ -267,28 +278,79 @@ def _picked(logits_CV: jax.Array, target_C: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
 
 
-def _walk(one: Callable, vocabulary: int, carry: Any, rows: Any, slope: Any) -> Any:
-    """one(carry, (tokens, slope)) over chunks of N, the tokens of all rows on a line; the carry at
-    the end, and what it gave, as arrays that lead with RN.
+def _most(used_RN: jax.Array) -> jax.Array:
+    """How many tokens the device uses that uses most of its own; all devices walk as far, so that
+    they meet where they send each other something."""
+    own = used_RN.reshape(parts_of(used_RN.shape[0]), -1)
+    return _of_members(jnp.max(jnp.sum(own, axis=1, dtype=jnp.int32)))
 
-    What stands behind the last token repeats it, with a slope of 0.
+
+@custom_vmap
+def _of_members(count: jax.Array) -> jax.Array:
+    """Under vmap the most of all members: a loop whose turns differ between them would select,
+    every turn, between the weights' slopes before and after it."""
+    return count
+
+
+@_of_members.def_vmap
+def _most_of_members(size: int, batched: list[bool], count: jax.Array) -> tuple[jax.Array, bool]:
+    return _of_members(jnp.max(count)), False
+
+
+def _size(places: int, vocabulary: int) -> int:
+    """Tokens of a chunk: few beside all places, so that the last one wastes little, and enough for
+    products at full speed. All, where they have room: then XLA keeps the logits for the way back,
+    which saves as much as a quarter of the places."""
+    room = max(1, LOGITS_AT_ONCE // -(-vocabulary // shards("V", vocabulary)))
+    most = places if places <= room else min(room, max(LEAST, places // 16))
+    return -(-places // -(-places // most))
+
+
+def _walk(one: Callable, vocabulary: int, line: Any, carry: Any, rows: Any, slope: Any) -> Any:
+    """one(carry, (tokens, slope)) over chunks of the tokens that are used; the carry at the end,
+    and what it gave, as arrays that lead with RN, 0 where a token is not used.
+
+    line: (used_RN, most). What stands behind the last token that is used repeats it, with a slope
+    of 0.
     """
-    R, N = jax.tree.leaves(rows)[0].shape[:2]
-    most = max(1, LOGITS_AT_ONCE // (R * -(-vocabulary // shards("V", vocabulary))))
-    chunks = -(-N // most)
-    size = -(-N // chunks)
+    (R, N), (used_RN, most) = line[0].shape, line
+    size = _size(R * N, vocabulary)
+    chunks = -(-R * N // size)
+    turns = (most + size - 1) // size
+    used_P = used_RN.reshape(-1)
+    count = jnp.sum(used_P, dtype=jnp.int32)
+    order_P = jnp.argsort(~used_P, stable=True)
 
-    def cut(x_RN: jax.Array, mode: str) -> jax.Array:
-        padding = [(0, 0), (0, chunks * size - N)] + [(0, 0)] * (x_RN.ndim - 2)
-        padded = jnp.pad(x_RN, padding, mode=mode) if chunks * size > N else x_RN
-        parts = jnp.moveaxis(padded.reshape(R, chunks, size, *x_RN.shape[2:]), 1, 0)
-        return parts.reshape(chunks, R * size, *x_RN.shape[2:])
+    def cut(i: jax.Array) -> Any:
+        at_C = i * size + jnp.arange(size, dtype=jnp.int32)
+        place_C = jnp.take(order_P, jnp.minimum(at_C, count - 1), mode="clip")
 
-    def whole(parts: jax.Array) -> jax.Array:
-        x_RN = jnp.moveaxis(parts.reshape(chunks, R, size, *parts.shape[2:]), 0, 1)
-        return x_RN.reshape(R, chunks * size, *parts.shape[2:])[:, :N]
+        def taken(x_RN: jax.Array) -> jax.Array:
+            x_P = x_RN.reshape(R * N, *x_RN.shape[2:])
+            return jnp.take(x_P, place_C, axis=0, mode="clip")
 
-    tokens = jax.tree.map(lambda x: cut(x, "edge"), rows)
-    slopes = jax.tree.map(lambda x: cut(x, "constant"), slope)
-    carry, out = jax.lax.scan(one, carry, (tokens, slopes))
-    return carry, jax.tree.map(whole, out)
+        slopes = jax.tree.map(lambda x_RN: jnp.where(at_C < count, taken(x_RN), 0.0), slope)
+        return jax.tree.map(taken, rows), slopes
+
+    def left(state: Any) -> jax.Array:
+        return (state[0] < turns) & (state[0] < chunks)  # the second says how many at the most
+
+    def turn(state: Any) -> Any:
+        i, before, made = state
+        after, out = one(before, cut(i))
+        # a device that uses no token keeps step with the others
+        after = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), after, before)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+        return i + 1, after, jax.tree.map(put, made, out)
+
+    rank_P = jnp.cumsum(used_P) - 1
+
+    def laid(x_P: jax.Array) -> jax.Array:
+        x_RN = jnp.take(x_P, rank_P, axis=0, mode="clip").reshape(R, N, *x_P.shape[1:])
+        return jnp.where(used_RN.reshape(R, N, *[1] * (x_RN.ndim - 2)), x_RN, 0.0)
+
+    kinds = jax.eval_shape(lambda i: one(carry, cut(i))[1], jnp.int32(0))
+    made = jax.tree.map(lambda x: jnp.zeros((chunks * size, *x.shape[1:]), x.dtype), kinds)
+    state = (jnp.int32(0), carry, made)
+    _, carry, made = turn(state) if chunks == 1 else jax.lax.while_loop(left, turn, state)
+    return carry, jax.tree.map(laid, made)

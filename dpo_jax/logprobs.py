@@ -64,9 +64,8 @@ def token_statistics(
     if reference is not None:
         other = _side(model, jax.lax.stop_gradient(reference), batch)
     wanted = Wanted(reference is not None and policy_kl, entropy, square=aligned)
-    out = statistics(
-        policy, batch.target_RN, reference=other, wanted=wanted, temperature=temperature
-    )
+    tokens = batch.target_RN, batch.slot_RN >= 0
+    out = statistics(policy, *tokens, reference=other, wanted=wanted, temperature=temperature)
     found = TokenStatistics(
         out.logp,
         out.ref_logp,

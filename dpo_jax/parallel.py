@@ -137,10 +137,7 @@ def over_rows(f: Callable[..., Any], whole: Any, *rows: Any, sums: bool = False)
     arrays that lead with R, as what f returns does. sums: f returns (terms, rows), and the terms
     of all devices are added, once.
     """
-    count = jax.tree.leaves(rows)[0].shape[0]
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if shards("R", count) == 1 or any(kinds[name] != AxisType.Auto for name in RULES["R"]):
+    if parts_of(jax.tree.leaves(rows)[0].shape[0]) == 1:
         return f(whole, *rows)
 
     def own(whole: Any, *rows: Any) -> Any:
@@ -158,6 +155,14 @@ def over_rows(f: Callable[..., Any], whole: Any, *rows: Any, sums: bool = False)
         check_vma=False,
     )
     return jax.jit(spread)(whole, *rows)
+
+
+def parts_of(rows: int) -> int:
+    """How many parts `over_rows` cuts so many rows into, in their order."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    parts = shards("R", rows)
+    return 1 if parts == 1 or any(kinds[x] != AxisType.Auto for x in RULES["R"]) else parts
 
 
 def row_multiple(mesh: jax.sharding.Mesh) -> int:

@@ -13,6 +13,7 @@ _BEGINS = re.compile(r"(ENTRY )?%?([\w.\-]+) (\(.*\) -> .*)?\{$")
 _SENDS = re.compile(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLS = re.compile(r"(body|condition|calls|to_apply)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r" s(?:32|64)\[\]\S* constant\((\d+)\)")
@@ -44,8 +45,9 @@ class _Part(NamedTuple):
 def collectives(text: str) -> dict[str, Sent]:
     """Collectives by kind in the text of a compiled program, in loops once a turn.
 
-    A loop counts from 0 to a constant of its condition, or as often as XLA notes; one whose length
-    data decide counts once. What an asynchronous collective is split into counts once.
+    A loop counts from 0 to a constant of its condition, beside which data may end it, or as often
+    as XLA notes; one whose length data alone decide counts once. What an asynchronous collective is
+    split into counts once.
     """
     parts, first = _parts(text)
     found: dict[str, Sent] = {}
@@ -81,7 +83,7 @@ def _parts(text: str) -> tuple[dict[str, _Part], str]:
             first = name if begins[1] else first
         elif line.startswith("  "):
             lines[name].append(line)
-    turns = {name: _limit(body) for name, body in lines.items()}
+    turns = {name: _limit(name, lines) for name in _CONDITION.findall(text)}
     return {name: _part(body, turns) for name, body in lines.items()}, first
 
 
@@ -106,9 +108,12 @@ def _part(lines: list[str], limits: dict[str, int | None]) -> _Part:
     return _Part(sends, runs)
 
 
-def _limit(lines: list[str]) -> int | None:
-    """What a condition compares with, where that is one constant."""
-    found = [int(constant) for line in lines for constant in _CONSTANT.findall(line)]
+def _limit(condition: str, lines: dict[str, list[str]]) -> int | None:
+    """What a condition, with what is fused of it, compares with, where that is one constant."""
+    own = lines.get(condition, [])
+    fused = [inner for line in own for _, inner in _CALLS.findall(line)]
+    own = own + [line for inner in fused for line in lines.get(inner, [])]
+    found = [int(constant) for line in own for constant in _CONSTANT.findall(line)]
     return found[0] if len(found) == 1 else None
 
 

@@ -43,7 +43,8 @@ class Counting(NamedTuple):
     @property
     def turns(self) -> float:
         """How often a loop turns over the blocks of keys that a block of queries sees, on average:
-        as if every row were one group."""
+        as if every row were one group. Its condition names no number; one that does counts so
+        often, as if every token were scored."""
         return (self.blocks + 1) / 2
 
     def share(self, of_rows: bool) -> int:
@@ -94,7 +95,8 @@ def _equation(equation: Any, given: list[bool], how: Counting) -> Found:
         own = given[params["cond_nconsts"] :]
         consts = params["body_nconsts"]
         work, outputs = _loop(_open(params["body_jaxpr"]), own, how, slice(consts, len(own)))
-        return work.times(how.turns), outputs
+        most = _most(_open(params["cond_jaxpr"]))
+        return work.times(how.turns if most is None else most), outputs
     if name == "cond":
         ways = [_counted(_open(way), given[1:], how) for way in params["branches"]]
         outputs = zip(*(outputs for _, outputs in ways), strict=True)
@@ -122,6 +124,13 @@ def _loop(body: Any, given: list[bool], how: Counting, carried: slice) -> Found:
         if after == before:
             return work, outputs
         given[carried] = after
+
+
+def _most(condition: Any) -> int | None:
+    """How often a loop turns that counts from 0, where its condition says below which number."""
+    compared = [x.invars[1] for x in condition.eqns if x.primitive.name == "lt"]
+    found = [int(limit.val) for limit in compared if isinstance(limit, core.Literal)]
+    return min(found, default=None)
 
 
 def _product(equation: Any, given: list[bool], how: Counting) -> Found:
