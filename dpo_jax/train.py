@@ -181,6 +181,8 @@ def _announce(members: Sequence[Member], start: int, attends: str) -> None:
     rundir.say(f"{home}: {setup.loader.describe()}")
     backend = jax.default_backend()
     rundir.say(f"{home}: attention {attends} on {backend}; peak {source}")
+    kept = jax.config.jax_compilation_cache_dir or "memory alone"  # type: ignore[attr-defined]
+    rundir.say(f"{home}: compiled programs are kept in {kept}")
 
 
 def _writer(member: Member, members: Sequence[Member], start: int) -> metrics.Writer:
@@ -222,10 +224,9 @@ def _warm_up(members: Sequence[Member], writers: Sequence[metrics.Writer], steps
         for writer in writers:
             standing.enter_context(writer.paused())
         begun = time.monotonic()
-        count = steps.warm_up()
-        if count:
-            seconds = time.monotonic() - begun
-            rundir.say(f"{members[0].home}: {count} more shapes compiled in {seconds:.1f} s")
+        if count := steps.warm_up():
+            took = f"{time.monotonic() - begun:.1f} s"
+            rundir.say(f"{members[0].home}: {count} more shapes compiled in {took}")
 
 
 def _evaluate(
