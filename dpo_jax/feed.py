@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 
 class Feed:
     """The batches of a run; each is made while the device works on the step before it.
@@ -20,8 +18,8 @@ class Feed:
         self._make = make
         self.took = self.waited = 0.0
 
-    def batch(self, step: int, before: jax.Array) -> Any:
-        """The batch of a step; `before`: an array that the step before it makes."""
+    def batch(self, step: int, before: Any) -> Any:
+        """The batch of a step; `before`: an array of jax that the step before it makes."""
         start = time.perf_counter()
         made = self._make(step)
         self.took = time.perf_counter() - start

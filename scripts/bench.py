@@ -169,11 +169,13 @@ def timed(
             marks.append((time.perf_counter(), time.process_time()))
         loss_B.append(float(now["loss"]))
         arrays = sum(array.nbytes for array in jax.live_arrays())
-    seconds = *np.diff(np.array(marks), axis=0).T, *np.array(fed).T
+    wall_B, cpu_B = np.diff(np.array(marks), axis=0).T
+    batch_B, waited_B = np.array(fed).T
     held = [each for program in programs.values() if (each := program.memory_analysis())]
     temporaries = max((each.temp_size_in_bytes for each in held), default=0)
-    memory = (arrays, temporaries)
-    return Timing(loader, loss_B, *seconds, reference_s, compile_s, *memory, len(programs))
+    before, memory = (reference_s, compile_s), (arrays, temporaries)
+    seconds = (wall_B, cpu_B, batch_B, waited_B)
+    return Timing(loader, loss_B, *seconds, *before, *memory, len(programs))
 
 
 def record(found: Timing, cached: bool) -> dict[str, Any]:

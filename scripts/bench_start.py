@@ -1,13 +1,14 @@
 """How long from the start of a process to the end of its first optimiser step.
 
     python scripts/bench_start.py --policy DIR --pairs FILE.jsonl [--batch 8] [--starts 5]
-        [--tokenizer transformers] [--json OUT]
+        [--tokenizer transformers] [--whole] [--json OUT]
 
 DIR: a folder of Hugging Face. FILE: a pair of token ids a line, under prompt, chosen and rejected.
 A start is `dpo-jax train` in a process of its own: an experiment of 1000 steps of DPO whose parent
 is DIR, on texts of FILE's ids that a tokenizer reads. --tokenizer transformers: a folder of words,
 read with AutoTokenizer; ids: a function of the experiment that reads numbers, so that transformers
-is not imported. It ends when its second line of metrics is there. cold: with an empty compilation
+is not imported. It ends when its first line of metrics is there, with --whole when the second is,
+which waits until the other shapes of rows are compiled (second_s). cold: with an empty compilation
 cache; warm: with the one that the cold start before left. They alternate; a first pair of starts
 does not count, for it writes bytecode. Medians of seconds and of processor seconds, which other
 work on the machine stretches less.
@@ -90,7 +91,7 @@ def marked(marks: str, argv: list[str]) -> None:
 
         mark("imports")
         jax.monitoring.register_event_duration_secs_listener(
-            lambda event, seconds, **more: mark(event, seconds=seconds)
+            lambda event, duration_secs, **kwargs: mark(event, seconds=duration_secs)
         )
         ended(build, "materials", "materials")
         ended(build, "setup", "setup")
@@ -138,8 +139,9 @@ def _write_tokenizer(size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=fast, **named).save_pretrained(str(folder))
 
 
-def start(experiment: Path, cache: Path, number: int) -> dict[str, float]:
-    """One start: seconds to the end of the first step and of all warm-up, and of the phases."""
+def start(experiment: Path, cache: Path, number: int, whole: bool) -> dict[str, float]:
+    """One start: seconds to the end of the first step, of the second where `whole`, and of the
+    phases."""
     home = experiment.parent
     run, marks = home / f"run{number}", home / f"marks{number}"
     words = ["train", str(experiment), f"run.dir={run}"]
@@ -156,11 +158,12 @@ def start(experiment: Path, cache: Path, number: int) -> dict[str, float]:
         )
         try:
             first, cpu = _line(process, run / "metrics.jsonl", 1)
-            second, _ = _line(process, run / "metrics.jsonl", 2)
+            second = _line(process, run / "metrics.jsonl", 2)[0] if whole else None
         finally:
             process.kill()
             process.wait()
-    found = {"first_s": first - began, "first_cpu_s": cpu, "second_s": second - began}
+    found = {"first_s": first - began, "first_cpu_s": cpu}
+    found |= {} if second is None else {"second_s": second - began}
     return found | _phases(marks, began, first, cpu)
 
 
@@ -201,7 +204,8 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         for number in range(given.starts + 1):
             for kind, found in kinds.items():
                 cache = Path(folder) / f"cache{number}"
-                found.append(start(experiment, cache, 2 * number + (kind == "warm")))
+                which = 2 * number + (kind == "warm")
+                found.append(start(experiment, cache, which, given.whole))
     record: dict[str, Any] = {"tokenizer": given.tokenizer, "starts": given.starts}
     for kind, (_, *found) in kinds.items():
         record[kind] = {name: median(each[name] for each in found) for name in found[0]}
@@ -232,6 +236,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="PAIRS", help="of a step")
     parser.add_argument("--starts", type=int, default=5, help="of each kind")
     parser.add_argument("--tokenizer", choices=("transformers", "ids"), default="transformers")
+    parser.add_argument("--whole", action="store_true", help="until the second step is done")
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
     told(partial(measured, given), given.json, show)
