@@ -121,7 +121,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
 
     made, algorithm = readers(experiment)
     rows = parallel.row_multiple(mesh)
-    shapes = jax.eval_shape(decoder_model.init, jax.random.key(0))
+    shapes = parts.of_decoder(decoder_model)
     params, frozen = parted(_params(experiment, mesh, given))
     # adapters that are new say nothing yet
     new = {"lora"} - (given.params or {}).keys()
@@ -150,10 +150,10 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         held_out = list(held_out_batches(experiment, groups, rows))
     _check_prompts(experiment, decoder_model, given.prompts, made)
     # copies: the loop donates the policy's arrays
-    frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
+    frozen |= {name: _copies(began) for name in kept}
     start = None
     if given.prompts and experiment.parent is not None:
-        start = frozen["reference"] if kept else jax.tree.map(jnp.copy, began)
+        start = frozen["reference"] if kept else _copies(began)
     return Setup(
         mesh=mesh,
         model=decoder_model,
@@ -170,6 +170,11 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         judges=judges,
         flops_per_token=flops,
     )
+
+
+@jax.jit  # one program for all leaves
+def _copies(params: Params) -> Params:
+    return jax.tree.map(jnp.copy, params)
 
 
 def _check_prompts(experiment: Experiment, model: Model, found: Records, made: Any) -> None:
@@ -224,7 +229,7 @@ def reseeded(
 
 def _params(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> Params:
     """The parent's weights, or those that run.seed draws, new adapters among them, on the mesh."""
-    shapes = jax.eval_shape(parts.model(experiment).init, jax.random.key(0))
+    shapes = parts.of_decoder(parts.model(experiment))
     found = given.params or {}
     found = jax.device_put(found, parallel.shardings(mesh, found))
     missing = shapes.keys() if given.params is None else {"lora"} & shapes.keys() - found.keys()

@@ -100,12 +100,18 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def _keep_compilations() -> None:
-    """Compiled programs outlive the process, unless the environment says where or how."""
+    """Compiled programs outlive the process, small ones too, of which a start has dozens; unless
+    the environment says where or how."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "dpo_jax", "xla"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    wanted = {
+        "jax_compilation_cache_dir": os.path.join(cache, "dpo_jax", "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in wanted.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 def _keep_memory() -> None:

@@ -274,7 +274,7 @@ class Writer:
         self.total, self.every, self.peak = total, every, peak
         self._pending: tuple | None = None
         self._since: float | None = None  # the clock; None while it stands
-        self._seconds = self._tokens = self._flops = 0.0  # since the last line
+        self._seconds = self._waited = self._tokens = self._flops = 0.0  # since the last line
         self._note = ""
         self._read: Mapping[str, Any] = {}
         self._lines = self._events = self._progress = None
@@ -293,7 +293,13 @@ class Writer:
         self.close()
 
     def push(
-        self, step: int, metrics: Mapping[str, Any], *, tokens: int = 0, flops: float = 0.0
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        tokens: int = 0,
+        flops: float = 0.0,
+        waited: float = 0.0,
     ) -> Mapping[str, Any]:
         """Take the device scalars of `step`, just dispatched; wait for and write the push before.
 
@@ -301,8 +307,10 @@ class Writer:
 
         `tokens` and `flops` of the step become tokens_per_second and mfu: their sums over the
         steps since the last line, over the time these took. The clock starts with the first push
-        (its compilation does not count) and runs from read to read.
+        (its compilation does not count) and runs from read to read. `waited`: seconds before this
+        dispatch in which the device lacked a batch; data_wait_share is their share of the time.
         """
+        self._waited += 0.0 if self._since is None else waited
         self.flush()
         if self._since is None:
             self._since = time.perf_counter()
@@ -323,7 +331,7 @@ class Writer:
         self._flops += flops
         if step == 1 or step % self.every == 0 or step == self.total:
             self._write(step, values | self._throughput())
-            self._seconds = self._tokens = self._flops = 0.0
+            self._seconds = self._waited = self._tokens = self._flops = 0.0
         if self._progress is not None:
             self._progress.advance(step - self._progress.done, self._note)
 
@@ -353,6 +361,7 @@ class Writer:
         found = {}
         if self._tokens:
             found["tokens_per_second"] = self._tokens / max(self._seconds, 1e-9)
+            found["data_wait_share"] = self._waited / max(self._seconds, 1e-9)
         if self._flops and self.peak:
             found["mfu"] = self._flops / max(self._seconds, 1e-9) / self.peak
         return found

@@ -65,11 +65,17 @@ def shapes(experiment: Experiment) -> Params:
     decoder_model = model(experiment)
     algorithm = experiment.algorithm(decoder_model)
 
-    def whole(key: jax.Array) -> Params:
-        trained, _, frozen = begun(algorithm, decoder_model.init(key), key)
+    def whole(params: Params, key: jax.Array) -> Params:
+        trained, _, frozen = begun(algorithm, params, key)
         return join(trained, frozen)
 
-    return jax.eval_shape(whole, jax.random.key(0))
+    return jax.eval_shape(whole, of_decoder(decoder_model), jax.random.key(0))
+
+
+@lru_cache(maxsize=16)
+def of_decoder(model: Model) -> Params:
+    """Shapes of what a Model takes, traced once."""
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def tokenizer(experiment: Experiment) -> Any:

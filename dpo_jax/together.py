@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dpo_jax import build, optim, parallel, parts, rundir
 from dpo_jax.data.loader import alike
 from dpo_jax.experiment import Experiment, canonical, describe, options, with_numbers
+from dpo_jax.feed import Feed
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.structs import BadInput, Batch, Metrics, TrainState
@@ -102,18 +103,23 @@ def _together(pairs: Sequence[tuple[Experiment, str | None]]) -> list[Result]:
 class Together:
     """The steps of M runs; it owns their states, stacked, which every update gives away."""
 
-    def __init__(self, members: Sequence[Member], states: Sequence[TrainState]):
+    def __init__(self, members: Sequence[Member], states: Sequence[TrainState], start: int):
         self.members, self.setup = members, members[0].setup
         self.loaders = [member.setup.loader for member in members]
         self.one_data = len({member.experiment.run.seed for member in members}) == 1
         self.keys_M = jax.vmap(jax.random.key)(
             jnp.array([member.experiment.run.seed for member in members], jnp.uint32)
         )
+        self.feed = Feed(self._packed)
         self.numbers_M = _stacked([member.numbers for member in members])
         self._states_M = _stacked(states)
         update = _program(members[0], self.one_data)
         self.update = jax.jit(update, donate_argnums=1, compiler_options=ROUNDED)
         self.parts = jax.jit(lambda tree_M: [_part(tree_M, i) for i in range(len(members))])
+
+    def warm_up(self) -> int:
+        """Nothing: a shape is compiled when it comes."""
+        return 0
 
     def state(self, i: int) -> TrainState:
         """The state of member i."""
@@ -121,14 +127,18 @@ class Together:
 
     def advance(self, step: int) -> list[tuple[Metrics, int]]:
         """Dispatch one step of every member: its metrics, on the device, and its tokens."""
-        host = [self.loaders[0].batch(step)] if self.one_data else alike(self.loaders, step)
-        batch = jax.tree.map(jnp.asarray, host[0]) if self.one_data else _stacked(host)
+        host, batch = self.feed.batch(step, self._states_M.skipped)
         self._states_M, values_M = self.update(
             self.numbers_M, self._states_M, self.setup.frozen, batch, self.keys_M, step
         )
         tokens = [build.real_tokens(each) for each in host]
         tokens = tokens * len(self.members) if self.one_data else tokens
         return list(zip(self.parts(values_M), tokens, strict=True))
+
+    def _packed(self, step: int) -> tuple[list[Batch], Batch]:
+        """The batches of a step on the host, and as the step takes them."""
+        host = [self.loaders[0].batch(step)] if self.one_data else alike(self.loaders, step)
+        return host, jax.tree.map(jnp.asarray, host[0]) if self.one_data else _stacked(host)
 
 
 def _program(member: Member, one_data: bool) -> Callable[..., tuple[TrainState, Metrics]]:

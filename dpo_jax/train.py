@@ -5,6 +5,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from etils import epath
 from dpo_jax import build, metrics, optim, parts, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
+from dpo_jax.feed import Feed
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models import attention
@@ -119,7 +121,7 @@ def loop(members: Sequence[Member], stepper: Callable[..., Any]) -> None:
     attends = attention.in_use(options.dtype)
     states, start = _restored(members)
     rehearse(first.setup, states[0])
-    steps = stepper(members, states)
+    steps = stepper(members, states, start)
     for member in members:
         member.claim()
     _announce(members, start, attends)
@@ -132,7 +134,10 @@ def loop(members: Sequence[Member], stepper: Callable[..., Any]) -> None:
             _evaluate(members, writers, steps, 0)
         for step in range(start, options.steps):
             _profile(options.profile, start, step, first.home)
-            _push(members, writers, steps.advance(step), step)
+            advanced = steps.advance(step)
+            _push(members, writers, advanced, step, steps.feed.waited)
+            if step == start:
+                _warm_up(members, writers, steps)
             done = step + 1 == options.steps
             if done or _due(options.eval_every, step + 1):
                 _evaluate(members, writers, steps, step + 1)
@@ -176,6 +181,8 @@ def _announce(members: Sequence[Member], start: int, attends: str) -> None:
     rundir.say(f"{home}: {setup.loader.describe()}")
     backend = jax.default_backend()
     rundir.say(f"{home}: attention {attends} on {backend}; peak {source}")
+    kept = jax.config.jax_compilation_cache_dir or "memory alone"  # type: ignore[attr-defined]
+    rundir.say(f"{home}: compiled programs are kept in {kept}")
 
 
 def _writer(member: Member, members: Sequence[Member], start: int) -> metrics.Writer:
@@ -198,16 +205,28 @@ def _push(
     writers: Sequence[metrics.Writer],
     advanced: Sequence[tuple[Metrics, int]],
     step: int,
+    waited: float,
 ) -> None:
     """Hand the metrics of a dispatched step to the writers, which read those of the one before."""
     for member, writer, (values, tokens) in zip(members, writers, advanced, strict=True):
         values |= {"learning_rate": member.rate(step * member.updates)}
         flops = tokens * member.setup.flops_per_token
-        read = writer.push(step + 1, values, tokens=tokens, flops=flops)
+        read = writer.push(step + 1, values, tokens=tokens, flops=flops, waited=waited)
         if read.get("skipped", 0) >= SKIPS:
             raise FloatingPointError(
                 f"{member.home}: the gradient was not finite in {SKIPS} steps in a row up to {step}"
             )
+
+
+def _warm_up(members: Sequence[Member], writers: Sequence[metrics.Writer], steps: Any) -> None:
+    """Behind the first step, while the clocks stand: what it has not compiled of the rest."""
+    with ExitStack() as standing:
+        for writer in writers:
+            standing.enter_context(writer.paused())
+        begun = time.monotonic()
+        if count := steps.warm_up():
+            took = f"{time.monotonic() - begun:.1f} s"
+            rundir.say(f"{members[0].home}: {count} more shapes compiled in {took}")
 
 
 def _evaluate(
@@ -240,21 +259,31 @@ def rehearse(setup: build.Setup, state: TrainState) -> None:
 class Stepper:
     """The steps of one run; it owns the state, which every update gives away.
 
-    Every shape of the ladder is compiled before the first step, another one when it comes.
+    The shape of the first step is compiled before it, so that faults show before anything is
+    written; the others of the ladder behind it, by `warm_up`; another one when it comes.
     """
 
-    def __init__(self, members: Sequence[Member], states: Sequence[TrainState]):
+    def __init__(self, members: Sequence[Member], states: Sequence[TrainState], start: int):
         (self.member,), (self._state,) = members, states
         experiment, setup = self.member.experiment, self.member.setup
         self.algorithm, self.setup = setup.algorithm, setup
+        self.feed = Feed(self._packed)
         tx = optim.transformation(experiment.optim, self.member.steps)
         places = shardings(setup.mesh, self._state)
         self.update = jit_update(self.algorithm, tx, places, experiment.run.microbatches)
         self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
-        for shape in setup.loader.ladder if self.algorithm.fused else ():
-            example = shard_batch(setup.mesh, setup.loader.example(shape))
+        if self.algorithm.fused:
+            _, batch = self._packed(start)
+            self.ready(batch, jax.random.key(0))
+
+    def warm_up(self) -> int:
+        """Compile the update for what is left of the ladder: how many shapes."""
+        before = len(self.compiled)
+        for shape in self.setup.loader.ladder if self.algorithm.fused else ():
+            example = shard_batch(self.setup.mesh, self.setup.loader.example(shape))
             self.ready(example, jax.random.key(0))
+        return len(self.compiled) - before
 
     def state(self, i: int) -> TrainState:
         """The state of member i, there being one."""
@@ -262,13 +291,18 @@ class Stepper:
 
     def advance(self, step: int) -> list[tuple[Metrics, int]]:
         """Dispatch one step: its metrics, still on the device, and how many tokens it had."""
-        host = self.setup.loader.batch(step)
+        host, batch = self.feed.batch(step, self._state.skipped)
         key = jax.random.fold_in(jax.random.key(self.member.experiment.run.seed), step)
         if self.algorithm.fused:
-            batch, frozen = shard_batch(self.setup.mesh, host), self.setup.frozen
+            frozen = self.setup.frozen
             self._state, values = self.ready(batch, key)(self._state, frozen, batch, key)
             return [(values, build.real_tokens(host))]
         return [self._collected(host, key)]
+
+    def _packed(self, step: int) -> tuple[Batch, Batch]:
+        """The batch of a step on the host, and as the step takes it."""
+        host = self.setup.loader.batch(step)
+        return host, shard_batch(self.setup.mesh, host) if self.algorithm.fused else host
 
     def _collected(self, host: Batch, key: jax.Array) -> tuple[dict[str, Any], int]:
         """A step whose batch is made on the host: the means of its updates, and what the batch

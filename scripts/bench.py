@@ -33,6 +33,7 @@ from etils import epath
 from dpo_jax import losses, optim, parallel, refcache
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.loader import Loader
+from dpo_jax.feed import Feed
 from dpo_jax.logprobs import ROUNDED
 from dpo_jax.models import hf
 from dpo_jax.structs import BadInput, Batch, Group, Model, Params, TrainState
@@ -67,6 +68,8 @@ class Timing(NamedTuple):
     loss_B: list[float]
     wall_B: np.ndarray  # seconds of every step
     cpu_B: np.ndarray  # seconds of this process, which others on the machine stretch less
+    batch_B: np.ndarray  # seconds in which the batch of a step was made on the host
+    waited_B: np.ndarray  # those in which the device may have stood still for it
     reference_s: float
     compile_s: float
     arrays: int  # bytes of all arrays between steps: weights, moments, a reference, a batch
@@ -154,9 +157,11 @@ def timed(
         for shape in loader.ladder:
             ready(parallel.shard_batch(mesh, loader.example(shape)))
         compile_s, values, loss_B = time.perf_counter() - start, None, []
+        feed, fed = Feed(lambda step: parallel.shard_batch(mesh, loader.batch(step))), []
         marks = [(time.perf_counter(), time.process_time())]
         for step in range(steps):
-            batch = parallel.shard_batch(mesh, loader.batch(step))
+            batch = feed.batch(step, state.skipped)
+            fed.append((feed.took, feed.waited))
             state, now = ready(batch)(state, frozen, batch, key)
             if values is not None:
                 loss_B.append(float(values["loss"]))
@@ -165,10 +170,12 @@ def timed(
         loss_B.append(float(now["loss"]))
         arrays = sum(array.nbytes for array in jax.live_arrays())
     wall_B, cpu_B = np.diff(np.array(marks), axis=0).T
+    batch_B, waited_B = np.array(fed).T
     held = [each for program in programs.values() if (each := program.memory_analysis())]
     temporaries = max((each.temp_size_in_bytes for each in held), default=0)
-    memory = (arrays, temporaries)
-    return Timing(loader, loss_B, wall_B, cpu_B, reference_s, compile_s, *memory, len(programs))
+    before, memory = (reference_s, compile_s), (arrays, temporaries)
+    seconds = (wall_B, cpu_B, batch_B, waited_B)
+    return Timing(loader, loss_B, *seconds, *before, *memory, len(programs))
 
 
 def record(found: Timing, cached: bool) -> dict[str, Any]:
@@ -183,6 +190,8 @@ def record(found: Timing, cached: bool) -> dict[str, Any]:
         "step_s": float(np.median(found.wall_B[counted])),
         "step_cpu_s": float(np.median(found.cpu_B[counted])),
         "tokens_per_second": float(np.median((token_B / found.wall_B)[counted])),
+        "batch_s": float(np.median(found.batch_B[counted])),
+        "data_wait_share": float(found.waited_B[counted].sum() / found.wall_B[counted].sum()),
         "reference": "cached" if cached else "live",
         "reference_s": found.reference_s,
         "compile_s": found.compile_s,

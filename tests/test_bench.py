@@ -55,6 +55,7 @@ def test_the_record_of_a_run(folder):
     scored = Scored(logp_BK=policy, ref_logp_BK=reference)
     expected = np.mean(partial(losses.dpo, beta=0.1)(scored))
     assert found["loss_first"] == pytest.approx(float(expected), abs=1e-6)
+    assert found["batch_s"] > 0 and 0 <= found["data_wait_share"] <= 1
     assert found["step_s"] > 0 and found["compile_s"] > 0 and found["peak_rss_mb"] > 0
     tokens = [sum(len(p.prompt) + p.tokens for p in PAIRS[i : i + 2]) for i in (4, 6)]
     # of two steps the mean of the rates is no less than the least count by the mean of the times

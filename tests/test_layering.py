@@ -39,7 +39,7 @@ LAYERS = (
     {"learned"},
     {"labelling"},
     {"build"},
-    {"member"},
+    {"member", "feed"},
     {"train"},
     {"together"},
     {

@@ -159,6 +159,21 @@ def test_throughput_is_tokens_over_the_time_between_lines(tmp_path):
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 5 / 1e4)
 
 
+def test_the_share_of_waiting_is_of_the_time_between_lines(tmp_path):
+    """What was waited while the clock stood counts as little as that time does."""
+    with writer(tmp_path, total=4) as log:
+        for step in range(1, 5):
+            log.push(step, scalars(step), tokens=100, waited=0.02)
+            time.sleep(0.1)
+            if step == 2:
+                with log.paused():
+                    pass
+    first, paused, third, last = (row["data_wait_share"] for row in rows(tmp_path))
+    for share in (first, third):  # 20 of 100 ms or a little more
+        assert 0.02 < share <= 0.2
+    assert paused == last == 0  # nothing was dispatched behind them on the clock
+
+
 def test_no_throughput_without_tokens_or_peak(tmp_path):
     with writer(tmp_path) as log:
         log.push(1, scalars(1), flops=1.0)

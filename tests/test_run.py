@@ -33,6 +33,7 @@ TRL = {
     "learning_rate",
     "tokens_per_second",
     "mfu",
+    "data_wait_share",
 }
 
 

@@ -17,7 +17,7 @@ from dpo_jax.models.transformer import Config
 from dpo_jax.worlds import annotators, sentiment
 
 FUSE = "fuse"  # a file in the working directory: "calls signal"
-CLOCK = ("tokens_per_second", "mfu")  # metrics that differ from run to run
+CLOCK = ("tokens_per_second", "mfu", "data_wait_share")  # metrics that differ from run to run
 
 
 def judged(records: Sequence[dict[str, Any]], responses: Sequence[str]) -> np.ndarray:

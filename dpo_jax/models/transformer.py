@@ -4,8 +4,9 @@ By default: RMSNorm, RoPE, grouped-query attention, SwiGLU. The layers run under
 they differ (windows, rotary bases) the difference is an array along L that is scanned with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
@@ -279,6 +280,21 @@ def decoder(
     if lora is not None:
         low_rank.adapters(lora, config)
 
+    def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
+        return module.apply(_collections(params, lora), tokens_RT, positions_RT, until_RT, cache)
+
+    def unembed(params, hidden) -> Any:
+        return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
+
+    init = _drawn(config, dtype, lora)
+    return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
+
+
+@lru_cache(maxsize=16)  # the same function for the same architecture, so that jax traces it once
+def _drawn(config: Config, dtype: str, lora: Lora | None) -> Callable[[jax.Array], Params]:
+    kind = jnp.dtype(dtype)
+    module = Decoder(config, kind, "none", lora)
+
     def init(key: jax.Array) -> Params:
         one_RT = jnp.zeros((1, 1), jnp.int32)
         base = module.init(key, one_RT, one_RT, one_RT + 1)["params"]
@@ -287,13 +303,7 @@ def decoder(
         own = jax.random.fold_in(key, 1)
         return {"base": base, "lora": low_rank.start(lora, config, own, stored(kind))}
 
-    def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
-        return module.apply(_collections(params, lora), tokens_RT, positions_RT, until_RT, cache)
-
-    def unembed(params, hidden) -> Any:
-        return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
-
-    return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
+    return init
 
 
 def _collections(params: Params, lora: Lora | None) -> dict[str, Params]:
