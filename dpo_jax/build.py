@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import learned, parallel, parts, refcache, rundir, sampling
+from dpo_jax import learned, offload, parallel, parts, refcache, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
@@ -59,6 +59,7 @@ class Setup:
     algorithm: Algorithm
     params: Params  # the weights it starts from and trains
     frozen: dict[str, Params]  # base of a run with lora; reference
+    host: tuple[str, ...]  # names below which arrays lie in the memory of the host
     start: Params | None  # the parent's weights (or adapters), where the KL to them is measured
     tokenizer: Any
     loader: Loader
@@ -73,6 +74,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     """Parent, records and reward models; `run` trains what is missing among them."""
     wanted = experiment.evaluation
     learned.check(experiment)
+    offload.check(experiment.run, jax.local_devices()[0])
     roles = {
         "data.source": experiment.data.source,
         "evaluation.source": wanted.source,
@@ -151,6 +153,8 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
     _check_prompts(experiment, decoder_model, given.prompts, made)
     # copies: the loop donates the policy's arrays
     frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
+    host = offload.names(experiment, frozen)
+    frozen = jax.device_put(frozen, parallel.shardings(mesh, frozen, host))
     start = None
     if given.prompts and experiment.parent is not None:
         start = frozen["reference"] if kept else jax.tree.map(jnp.copy, began)
@@ -161,6 +165,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         algorithm=algorithm,
         params=params,
         frozen=frozen,
+        host=host,
         start=start,
         tokenizer=made,
         loader=batches,
@@ -185,7 +190,8 @@ def _asked(
     """What adds the reference's log-probs to groups, as run.reference says; nothing where they are
     found in every step."""
     options, named = experiment.run, show(experiment.algorithm)
-    if not refcache.chosen(options.reference, algorithm, named, reference, local_memory()):
+    wanted = offload.reference(options)
+    if not refcache.chosen(wanted, algorithm, named, reference, local_memory()):
         return lambda groups: groups
     return partial(
         refcache.filled,

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dpo_jax import build, metrics, optim, parts, rundir
+from dpo_jax import build, metrics, offload, optim, parts, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
 from dpo_jax.logprobs import ROUNDED
@@ -35,7 +35,8 @@ def make_update(
 
     A fused algorithm completes the batch in the same program. Weights are final before the split,
     so gradients and metrics of microbatches add up. A step whose gradient is not finite leaves
-    parameters and moments as they were and is counted.
+    parameters and moments as they were and is counted. What the optimizer keeps is fetched from
+    where it lies when there is a gradient.
     """
     gradient = jax.grad(algorithm.objective, has_aux=True)
 
@@ -60,14 +61,16 @@ def make_update(
 
             (grads, values), _ = jax.lax.scan(add, zero, parts)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(norm)
-        moved = replace(
-            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+        def moved(opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = tx.update(grads, opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = offload.by_weight(moved, finite, state.params, state.opt_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        state = replace(kept, step=state.step + 1, memory=memory, skipped=skipped)
+        changed = {"params": params, "opt_state": opt_state, "memory": memory}
+        state = replace(state, step=state.step + 1, skipped=skipped, **changed)
         return state, values | {"grad_norm": norm, "skipped": skipped}
 
     return update
@@ -156,7 +159,8 @@ def _restored(members: Sequence[Member]) -> tuple[list[TrainState], int]:
     if not all(member.checkpoints.steps() for member in members):
         return fresh, 0
     wanted = [
-        abstract(member.setup.mesh, state) for member, state in zip(members, fresh, strict=True)
+        abstract(member.setup.mesh, state, member.setup.host)
+        for member, state in zip(members, fresh, strict=True)
     ]
     found = [m.checkpoints.restore(like) for m, like in zip(members, wanted, strict=True)]
     start = min(step for _, step in found)
@@ -248,7 +252,7 @@ class Stepper:
         experiment, setup = self.member.experiment, self.member.setup
         self.algorithm, self.setup = setup.algorithm, setup
         tx = optim.transformation(experiment.optim, self.member.steps)
-        places = shardings(setup.mesh, self._state)
+        places = shardings(setup.mesh, self._state, setup.host)
         self.update = jit_update(self.algorithm, tx, places, experiment.run.microbatches)
         self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}

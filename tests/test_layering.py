@@ -35,7 +35,7 @@ LAYERS = (
     {"description"},
     {"experiment", "evaluate"},
     {"rundir", "smoke"},
-    {"parts"},
+    {"parts", "offload"},
     {"learned"},
     {"labelling"},
     {"build"},
