@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpo_jax.experiment import Experiment, Run
 from dpo_jax.parallel import HOST, away, fetched, returned
-from dpo_jax.structs import BadInput, Params
+from dpo_jax.structs import Array, BadInput, Params
 from dpo_jax.values import show
 
 # option -> names at the top of `frozen` and of a TrainState
@@ -61,7 +61,7 @@ def reference(run: Run) -> str:
 
 
 def by_weight(
-    step: Callable[[Any], tuple[Params, Any]], good: jax.Array, params: Params, opt_state: Any
+    step: Callable[[Any], tuple[Params, Any]], good: Array, params: Params, opt_state: Any
 ) -> tuple[Params, Any]:
     """step(opt_state) -> (params, opt_state) where `good`, else both as they were: in a program.
 

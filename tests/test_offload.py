@@ -4,6 +4,7 @@ that cannot tell."""
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import Lora, Run, digest, override
 from dpo_jax.structs import BadInput, TrainState
 from dpo_jax.together import run_all
-from dpo_jax.train import Stepper, jit_update
+from dpo_jax.train import Result, Stepper, jit_update
 
 BOTH = ("reference", "opt_state")
 ROUNDING = 2e-6
@@ -98,6 +99,35 @@ def scalars(state: TrainState) -> list[jax.Array]:
     return found
 
 
+def coupled(opt_state: dict[str, Any], params: Any, tenth: Any) -> tuple[Any, Any]:
+    """A step in which every weight moves by the moments of all."""
+    total = sum(x.sum() for x in jax.tree.leaves(opt_state["mu"])) * tenth
+    mu = jax.tree.map(lambda m, p: 0.5 * m + p, opt_state["mu"], params)
+    moved = jax.tree.map(lambda p: p - total, params)
+    return moved, {"mu": mu, "count": opt_state["count"] + 1}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_weight_at_a_time_is_all_at_once(good):
+    """Also where weights depend on each other's state; where the gradient is not finite nothing
+    moves. Names that end in another's belong to the longer one."""
+    one = {"w_D": np.arange(8.0, dtype=np.float32), "inner": {"w_D": np.ones(8, np.float32)}}
+    state = {"mu": jax.tree.map(lambda x: x + 1, one), "count": np.int32(3)}
+    assert offload._belonging(state, one) == [[0, 1], [2]]
+    mesh = parallel.make_mesh()
+    moved = partial(coupled, params=one, tenth=np.float32(0.1))
+
+    @jax.jit
+    def stepped(state: Any) -> Any:
+        return offload.by_weight(moved, np.bool_(good), one, state)
+
+    away = jax.device_put(state, parallel.shardings(mesh, state, ("mu",)))
+    params, state_after = stepped(away)
+    assert kinds(state_after["mu"]) == {parallel.HOST} and kinds(params) == {"device"}
+    expected = moved(state) if good else (one, state)
+    assert relative_error((params, state_after), expected) < 1e-6
+
+
 def test_shards_of_the_host_are_those_of_the_devices():
     mesh, state = (
         parallel.make_mesh(2, 2, 2),
@@ -120,7 +150,7 @@ SMALL = override(EXPERIMENT, {"optim.ema": 0.9, "optim.optimizer.eps": 1e-4})
 
 
 @pytest.fixture(scope="module")
-def plain(place) -> dpo_jax.train.Result:
+def plain(place) -> Result:
     """A run whose state lies on the devices."""
     return dpo_jax.run(SMALL, directory="plain")
 
@@ -157,8 +187,7 @@ def test_a_resumed_run_lies_there_again(plain, monkeypatch):
         if broken == "resumed":
             dpo_jax.run(override(saving, MOVED), directory="resumed")
         shutil.copytree(broken, f"{broken}-again")
-        (place := dpo_jax.rundir.epath.Path(f"{broken}-again") / "result.json").unlink()
-        assert not place.exists()
+        Path(f"{broken}-again/result.json").unlink()
         for step in ("4", "6"):
             shutil.rmtree(f"{broken}-again/checkpoints/{step}")
         seen.clear()
@@ -195,25 +224,29 @@ def test_runs_that_could_share_a_program_are_trained_one_by_one(place):
 # What is refused
 
 
+REMEDIES = (
+    ("reference", " .* take run.offload=none"),
+    ("both", " .* take run.offload=optimizer"),
+)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cached": ({"run.reference": "cached"}, "run.reference=cached holds no reference"),
     "no reference": ({"algorithm": sft}, "sft holds no frozen reference"),
     "one that moves": (
         {"algorithm.reference": partial(soft_update, alpha=0.5, every=1)},
-        "preference holds no frozen reference",
+        r"preference\(.* holds no frozen reference",
     ),
-    "new adapters": ({"lora": Lora(2, 2.0)}, "preference holds no frozen reference"),
+    "new adapters": ({"lora": Lora(2, 2.0)}, r"preference\(.* holds no frozen reference"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_reference_that_is_not_there_is_not_moved(place, name):
     changes, said = REFUSED[name]
-    for option, remedy in (("reference", ""), ("both", "")):
+    for option, remedy in (("reference", ""), ("both", "")) if name == "cached" else REMEDIES:
         given = override(SMALL, {**changes, "run.offload": option})
         with pytest.raises(BadInput, match=rf"run.offload={option}: .*{said}{remedy}"):
             dpo_jax.run(given, directory="refused")
-        assert not dpo_jax.rundir.epath.Path("refused").exists()
+        assert not Path("refused").exists()
     with pytest.raises(BadInput, match=r"run.offload=host"):
         override(SMALL, {"run.offload": "host"})
 

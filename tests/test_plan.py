@@ -391,9 +391,9 @@ def test_what_lies_on_the_host_is_counted_apart_and_makes_room(libtpu):
     assert there.held["optimizer"] == 2 * 4  # two counters
     assert there.hosted["reference"] == weights and there.hosted["policy"] == 0
     assert there.hosted["optimizer"] == 2 * weights
-    # of the reference and two moments at least half is never there beside the rest
+    # fetched all at once they would take what they took before
     assert there.needed is not None and none.needed is not None
-    assert there.needed < none.needed - 1.5 * weights
+    assert there.needed < none.needed - 0.9 * weights
     assert there.work == none.work
 
 
