@@ -151,10 +151,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         groups = asked(groups)
         held_out = list(held_out_batches(experiment, groups, rows))
     _check_prompts(experiment, decoder_model, given.prompts, made)
-    # copies: the loop donates the policy's arrays
-    frozen |= {name: jax.tree.map(jnp.copy, began) for name in kept}
-    host = offload.names(experiment, frozen)
-    frozen = jax.device_put(frozen, parallel.shardings(mesh, frozen, host))
+    frozen, host = offload.placed(experiment, mesh, frozen, dict.fromkeys(kept, began))
     start = None
     if given.prompts and experiment.parent is not None:
         start = frozen["reference"] if kept else jax.tree.map(jnp.copy, began)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.experiment import Experiment, Run
-from dpo_jax.parallel import HOST, away, fetched, returned
+from dpo_jax.parallel import HOST, away, fetched, returned, shardings
 from dpo_jax.structs import Array, BadInput, Params
 from dpo_jax.values import show
 
@@ -52,6 +52,18 @@ def names(experiment: Experiment, frozen: Mapping[str, Params]) -> tuple[str, ..
             f"own here; take run.offload={'optimizer' if option == 'both' else 'none'}"
         )
     return NAMES[option]
+
+
+def placed(
+    experiment: Experiment, mesh: jax.sharding.Mesh, frozen: Mapping[str, Params], kept: Params
+) -> tuple[dict[str, Params], tuple[str, ...]]:
+    """(frozen, names): what a run holds frozen, each where it belongs, and `names` of it.
+
+    kept: the part that is copied, for the loop gives the policy's arrays away.
+    """
+    whole = {**frozen, **jax.tree.map(jnp.copy, kept)}
+    host = names(experiment, whole)
+    return jax.device_put(whole, shardings(mesh, whole, host)), host
 
 
 def reference(run: Run) -> str:
