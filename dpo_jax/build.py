@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import learned, parallel, parts, refcache, rundir, sampling
+from dpo_jax import learned, offload, parallel, parts, refcache, rundir, sampling
 from dpo_jax.data import sources, template
 from dpo_jax.data.faults import listed
 from dpo_jax.data.loader import Loader, sequential
@@ -59,6 +58,7 @@ class Setup:
     algorithm: Algorithm
     params: Params  # the weights it starts from and trains
     frozen: dict[str, Params]  # base of a run with lora; reference
+    host: tuple[str, ...]  # names below which arrays lie in the memory of the host
     start: Params | None  # the parent's weights (or adapters), where the KL to them is measured
     tokenizer: Any
     loader: Loader
@@ -73,6 +73,7 @@ def materials(experiment: Experiment, run: Callable[[Experiment], Any]) -> Mater
     """Parent, records and reward models; `run` trains what is missing among them."""
     wanted = experiment.evaluation
     learned.check(experiment)
+    offload.check(experiment.run, jax.local_devices()[0])
     roles = {
         "data.source": experiment.data.source,
         "evaluation.source": wanted.source,
@@ -149,11 +150,10 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         groups = asked(groups)
         held_out = list(held_out_batches(experiment, groups, rows))
     _check_prompts(experiment, decoder_model, given.prompts, made)
-    # copies: the loop donates the policy's arrays
-    frozen |= {name: _copies(began) for name in kept}
+    frozen, host = offload.placed(experiment, mesh, frozen, dict.fromkeys(kept, began))
     start = None
     if given.prompts and experiment.parent is not None:
-        start = frozen["reference"] if kept else _copies(began)
+        start = frozen["reference"] if kept else parallel.copies(began)
     return Setup(
         mesh=mesh,
         model=decoder_model,
@@ -161,6 +161,7 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         algorithm=algorithm,
         params=params,
         frozen=frozen,
+        host=host,
         start=start,
         tokenizer=made,
         loader=batches,
@@ -170,11 +171,6 @@ def setup(experiment: Experiment, mesh: jax.sharding.Mesh, given: Materials) -> 
         judges=judges,
         flops_per_token=flops,
     )
-
-
-@jax.jit  # one program for all leaves
-def _copies(params: Params) -> Params:
-    return jax.tree.map(jnp.copy, params)
 
 
 def _check_prompts(experiment: Experiment, model: Model, found: Records, made: Any) -> None:
@@ -190,7 +186,8 @@ def _asked(
     """What adds the reference's log-probs to groups, as run.reference says; nothing where they are
     found in every step."""
     options, named = experiment.run, show(experiment.algorithm)
-    if not refcache.chosen(options.reference, algorithm, named, reference, local_memory()):
+    wanted = offload.reference(options)
+    if not refcache.chosen(wanted, algorithm, named, reference, local_memory()):
         return lambda groups: groups
     return partial(
         refcache.filled,

@@ -13,7 +13,7 @@ from dpo_jax.data.loader import sequential
 from dpo_jax.data.template import encode_prompts, response_end
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.logprobs import ROUNDED, per_response, token_kls
-from dpo_jax.parallel import on_host, row_multiple, shard_batch
+from dpo_jax.parallel import fetched, on_host, row_multiple, shard_batch
 from dpo_jax.sampling import sample
 from dpo_jax.structs import Algorithm, Batch, Group, Model, Params, TrainState, join
 
@@ -220,6 +220,6 @@ def _response_kls(model, params, reference, groups, mesh) -> np.ndarray:
 @lru_cache(maxsize=8)
 def _compiled_kls(model: Model) -> Callable:
     def kls(params, reference, batch):
-        return per_response(token_kls(model, params, reference, batch), batch)
+        return per_response(token_kls(model, params, fetched(reference), batch), batch)
 
     return jax.jit(kls, compiler_options=ROUNDED)

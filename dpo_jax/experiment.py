@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # What changes no parameter of a finished run, and so no digest.
-NAMED = "dir mesh microbatches remat reference save_every eval_every log_every keep profile"
+NAMED = "dir mesh microbatches remat reference offload save_every eval_every log_every keep profile"
 COSMETIC = tuple(f"run.{name}" for name in NAMED.split())
 
 # Types of fields; what the additions mean stands at the head of override.py.
@@ -195,7 +195,9 @@ class Run(Value):
     float32, or float64 as it (which wants JAX_ENABLE_X64=1).
     remat: what of a layer is kept for the backward pass: everything, matrix products, its input.
     reference: its log-probs are found in every step (live), or once, on disk (cached); auto:
-    live where its weights fit the device. keep: checkpoints kept. profile: `100:105` traces the
+    live where its weights fit the device. offload: what lies in the memory of the host and is
+    fetched in every step: the frozen reference, what the optimizer keeps, or both.
+    keep: checkpoints kept. profile: `100:105` traces the
     steps from 100 up to 105.
     """
 
@@ -206,6 +208,7 @@ class Run(Value):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     reference: Literal["auto", "live", "cached"] = "auto"
+    offload: Annotated[Literal["none", "reference", "optimizer", "both"], {"later": True}] = "none"
     microbatches: Count = 1
     save_every: Every = 0
     eval_every: Every = 0

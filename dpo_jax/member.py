@@ -12,7 +12,7 @@ from etils import epath
 from dpo_jax import build, evaluate, metrics, optim, parts, rundir
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.experiment import Experiment
-from dpo_jax.parallel import shardings
+from dpo_jax.parallel import fetched, shardings
 from dpo_jax.structs import Algorithm, Model, Params, TrainState, join
 
 
@@ -133,14 +133,14 @@ class Member:
 def policy(state: TrainState) -> Params:
     """The weights that count: their moving average where optim.ema keeps one."""
     average = optim.averaged(state.opt_state)
-    return state.params if average is None else average
+    return state.params if average is None else jax.jit(fetched)(average)
 
 
 def held(
     model: Model, state: TrainState, frozen: Mapping[str, Params], judges: Params
 ) -> dict[str, int]:
-    """Bytes of the arrays that a run holds from step to step, on all devices together, copies on
-    several of them counted once.
+    """Bytes of the arrays that a run holds from step to step, on all devices and the host together,
+    copies on several of them counted once.
 
     policy: the decoder's weights, the frozen base of adapters too. heads: what is trained beside
     them: a value head or critic, the head of a reward. reference, optimizer; rewards: the models
@@ -172,7 +172,8 @@ def start_state(
     """The state before the first step, every leaf on its shards."""
     key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that drew the weights
     params, memory = algorithm.init(key, setup.params, setup.frozen)
-    places = shardings(setup.mesh, jax.eval_shape(tx.init, params))
-    opt_state = jax.jit(tx.init, out_shardings=places)(params)
+    opt_state = jax.eval_shape(tx.init, params)
     state = TrainState(jnp.int32(0), params, opt_state, memory, jnp.int32(0))
-    return jax.device_put(state, shardings(setup.mesh, state))
+    places = shardings(setup.mesh, state, setup.host)
+    opt_state = jax.jit(tx.init, out_shardings=places.opt_state)(params)
+    return jax.device_put(replace(state, opt_state=opt_state), places)

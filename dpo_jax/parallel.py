@@ -3,12 +3,16 @@
 `q_DHE` is (model width, query heads, head width), so D goes to `fsdp` and H to `tensor`; a batch
 array leads with R, so its rows go to `data` and `fsdp`. Optimizer moments carry the names of their
 parameters and follow them. A dimension that its mesh axes do not divide is replicated.
+
+What lies where between two steps is a tree of shardings too: arrays below some names lie in the
+memory of the host, and `fetched` brings them to the devices inside a program.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -16,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dpo_jax.structs import BadInput, Batch
 
 AXES = ("data", "fsdp", "tensor")
+HOST = "pinned_host"  # the memory of the host that devices read and write by themselves
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 RULES = {
     "R": ("data", "fsdp"),
@@ -52,9 +57,13 @@ def make_mesh(
 
 def letters(path: tuple[Any, ...]) -> str:
     """The axis letters of a leaf: what follows the last underscore of the last name on its path."""
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    names = [_name(key) for key in path]
     suffix = next((name.rpartition("_")[2] for name in reversed(names) if name), "")
     return suffix if suffix.isupper() else ""
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", "")))
 
 
 def partition(mesh: AnyMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -75,11 +84,41 @@ def _mesh_axes(mesh: AnyMesh, axis: str, size: int) -> str | tuple[str, ...] | N
     )
 
 
-def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The sharding of every leaf (an array or a ShapeDtypeStruct) by the letters of its name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition(mesh, letters(path), leaf.shape)), tree
+def shardings(mesh: jax.sharding.Mesh, tree: Any, host: Sequence[str] = ()) -> Any:
+    """The sharding of every leaf (an array or a ShapeDtypeStruct) by the letters of its name.
+
+    host: names at the top of the tree below which all but scalars lies in the memory of the host.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        away = bool(path and leaf.ndim) and _name(path[0]) in host
+        spec = partition(mesh, letters(path), leaf.shape)
+        return NamedSharding(mesh, spec, memory_kind=HOST if away else None)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def away(x: Any) -> bool:
+    """Whether an array, traced or not, lies in the memory of the host."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def fetched(tree: Any) -> Any:
+    """The tree with what lies in the memory of the host on the devices; inside a program."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if away(x) else x, tree
     )
+
+
+@jax.jit  # one program for all leaves
+def copies(tree: Any) -> Any:
+    """The tree in arrays of its own, for one that will be given away."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def returned(x: Any, like: Any) -> Any:
+    """An array in the memory that another lies in; inside a program."""
+    return jax.device_put(x, jax.memory.Space.Host) if away(like) else x
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch: Batch) -> Batch:
@@ -170,18 +209,20 @@ def row_multiple(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def own_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of what `abstract` makes."""
+def own_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes that one device holds of arrays, or of what `abstract` makes; with `host` those that
+    the host holds for it."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == HOST) == host
     )
 
 
-def abstract(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Shapes and dtypes of a tree with the shardings that its names give it."""
+def abstract(mesh: jax.sharding.Mesh, tree: Any, host: Sequence[str] = ()) -> Any:
+    """Shapes and dtypes of a tree with the shardings that its names give it, as `shardings`."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
-        shardings(mesh, tree),
+        shardings(mesh, tree, host),
     )

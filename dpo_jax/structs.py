@@ -166,7 +166,8 @@ class Algorithm(NamedTuple):
     objective(params, frozen, memory, batch, key) -> (scalar, metrics): always traced; every
         value is a sum under the measures, so the parts of a split batch add up.
     frozen: names of the frozen weights it reads; `reference` is the policy at step 0, its adapters
-        alone where there are some: join(frozen["reference"], frozen) is what a Model takes.
+        alone where there are some: join(fetched(frozen["reference"]), frozen), with
+        `parallel.fetched`, is what a Model takes.
     cacheable: a batch that holds ref_logp_RN already wants no reference beside it.
     prepare(groups, row_tokens=None) -> groups: on the host, before they are packed in rows of so
         many tokens; BadInput for data it cannot use.

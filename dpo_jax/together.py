@@ -43,7 +43,8 @@ def run_all(
             results |= {} if done is None else {i: done}
             missing += [i] if done is None else []
         pairs = [(members[i], homes[i]) for i in missing]
-        alone = len(pairs) < 2
+        # states of several runs are one array, which has no place in the memory of the host
+        alone = len(pairs) < 2 or members[places[0]].run.offload != "none"
         trained = [run(each, directory=home) for each, home in pairs] if alone else _together(pairs)
         results |= dict(zip(missing, trained, strict=True))
     return [results[i] for i in range(len(members))]

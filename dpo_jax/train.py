@@ -3,11 +3,9 @@
 `run(experiment)` makes what is missing (parents, sampled data), trains, and returns the weights.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dpo_jax import build, metrics, optim, parts, rundir
+from dpo_jax import build, metrics, offload, optim, parts, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
 from dpo_jax.feed import Feed
@@ -25,6 +23,7 @@ from dpo_jax.logprobs import ROUNDED
 from dpo_jax.member import Member, Result, finished
 from dpo_jax.models import attention
 from dpo_jax.parallel import abstract, on_host, shard_batch, shardings
+from dpo_jax.signals import interruptible
 from dpo_jax.structs import Algorithm, Batch, Group, Metrics, Params, TrainState
 
 SKIPS = 10  # consecutive updates without a finite gradient after which a run stops
@@ -37,7 +36,8 @@ def make_update(
 
     A fused algorithm completes the batch in the same program. Weights are final before the split,
     so gradients and metrics of microbatches add up. A step whose gradient is not finite leaves
-    parameters and moments as they were and is counted.
+    parameters and moments as they were and is counted. What the optimizer keeps is fetched from
+    where it lies when there is a gradient.
     """
     gradient = jax.grad(algorithm.objective, has_aux=True)
 
@@ -62,14 +62,16 @@ def make_update(
 
             (grads, values), _ = jax.lax.scan(add, zero, parts)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(norm)
-        moved = replace(
-            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+        def moved(opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = tx.update(grads, opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = offload.by_weight(moved, finite, state.params, state.opt_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        state = replace(kept, step=state.step + 1, memory=memory, skipped=skipped)
+        changed = {"params": params, "opt_state": opt_state, "memory": memory}
+        state = replace(state, step=state.step + 1, skipped=skipped, **changed)
         return state, values | {"grad_norm": norm, "skipped": skipped}
 
     return update
@@ -161,7 +163,8 @@ def _restored(members: Sequence[Member]) -> tuple[list[TrainState], int]:
     if not all(member.checkpoints.steps() for member in members):
         return fresh, 0
     wanted = [
-        abstract(member.setup.mesh, state) for member, state in zip(members, fresh, strict=True)
+        abstract(member.setup.mesh, state, member.setup.host)
+        for member, state in zip(members, fresh, strict=True)
     ]
     found = [m.checkpoints.restore(like) for m, like in zip(members, wanted, strict=True)]
     start = min(step for _, step in found)
@@ -269,7 +272,7 @@ class Stepper:
         self.algorithm, self.setup = setup.algorithm, setup
         self.feed = Feed(self._packed)
         tx = optim.transformation(experiment.optim, self.member.steps)
-        places = shardings(setup.mesh, self._state)
+        places = shardings(setup.mesh, self._state, setup.host)
         self.update = jit_update(self.algorithm, tx, places, experiment.run.microbatches)
         self.measure = jax.jit(self.algorithm.measure)
         self.compiled: dict[tuple[int, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
@@ -347,26 +350,6 @@ def _profile(window: str | None, start: int, step: int, home: epath.Path) -> Non
         jax.profiler.start_trace(str(home / "profile"))
     if start < last == step:
         jax.profiler.stop_trace()
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in the list it gives; a second one ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise SystemExit(128 + number)
-        received.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()  # elsewhere Python forbids it
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def trace(experiment: Experiment) -> Metrics:

@@ -212,8 +212,8 @@ def test_the_module_runs_as_the_command(place, repository):
     assert run.stdout == ""
     assert run.stderr.splitlines() == [
         "dpo-jax: error: no option run.stesp; nearest is run.steps (run has dir, dtype, "
-        "eval_every, keep, log_every, mesh, microbatches, profile, reference, remat, save_every, "
-        "seed, steps)"
+        "eval_every, keep, log_every, mesh, microbatches, offload, profile, reference, remat, "
+        "save_every, seed, steps)"
     ]
 
 

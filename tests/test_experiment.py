@@ -416,6 +416,7 @@ def test_digest_ignores_what_changes_no_parameter_and_nothing_else():
         "run.microbatches": 2,
         "run.mesh.fsdp": 2,
         "run.remat": "full",
+        "run.offload": "both",
     }
     for path, value in cosmetic.items():
         assert digest(override(DPO, {path: value})) == digest(DPO), path

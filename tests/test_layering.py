@@ -35,11 +35,11 @@ LAYERS = (
     {"description"},
     {"experiment", "evaluate"},
     {"rundir", "smoke"},
-    {"parts"},
+    {"parts", "offload"},
     {"learned"},
     {"labelling"},
     {"build"},
-    {"member", "feed"},
+    {"member", "feed", "signals"},
     {"train"},
     {"together"},
     {

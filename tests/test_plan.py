@@ -379,6 +379,24 @@ def test_a_list_of_topologies(libtpu):
     assert smallest([one, four]) is four
 
 
+def test_what_lies_on_the_host_is_counted_apart_and_makes_room(libtpu):
+    wide = Config(V=2**16, D=512, L=1, H=4, J=4, E=128, F=64, tied=False)
+    run = Run(10, dtype="bfloat16", reference="live", offload="both")
+    moved = replace(DPO, model=wide, run=run, data=replace(DPO.data, groups=4, row_tokens=128))
+    here = replace(moved, run=replace(run, offload="none"))
+    (there,), (none,) = (plans(each, ["v5e:1x1"]) for each in (moved, here))
+    weights = none.held["policy"]
+    assert none.held["reference"] == weights and not any(none.hosted.values())
+    assert there.held["policy"] == weights and there.held["reference"] == 0
+    assert there.held["optimizer"] == 2 * 4  # two counters
+    assert there.hosted["reference"] == weights and there.hosted["policy"] == 0
+    assert there.hosted["optimizer"] == 2 * weights
+    # fetched all at once they would take what they took before
+    assert there.needed is not None and none.needed is not None
+    assert there.needed < none.needed - 0.9 * weights
+    assert there.work == none.work
+
+
 def test_a_tpu_is_planned_with_its_own_attention(libtpu):
     mesh = make_mesh(devices=topology("v5e:2x2").devices)
     made = traced.step(DPO, mesh, read(DPO, None))

@@ -14,7 +14,7 @@ from dpo_jax.algorithms.rollout import Rollout, Sampler, summary
 from dpo_jax.logprobs import TokenStatistics, token_statistics
 from dpo_jax.losses.divergence import bounded
 from dpo_jax.losses.measure import within
-from dpo_jax.parallel import shard_batch
+from dpo_jax.parallel import fetched, shard_batch
 from dpo_jax.structs import Array, Batch, Memory, Metrics, Model, Params, join
 
 Loss = Callable[[Array, Array, Array], Array]  # (logp, old_logp, advantage) -> loss, elementwise
@@ -26,7 +26,7 @@ WEIGHT = "weight"  # in `shared`: what the weights of a whole optimizer step sum
 
 def anchor(frozen: Params) -> Params | None:
     """The weights that the policy is held to, as a Model takes them; None where there are none."""
-    return join(frozen["reference"], frozen) if "reference" in frozen else None
+    return join(fetched(frozen["reference"]), frozen) if "reference" in frozen else None
 
 
 def token_facts(

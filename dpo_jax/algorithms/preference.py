@@ -19,6 +19,7 @@ from dpo_jax.algorithms.scores import length_normalized
 from dpo_jax.algorithms.suitable import check_keywords, suitable, takes
 from dpo_jax.logprobs import per_response, response_lengths, token_logps, token_statistics
 from dpo_jax.losses.needs import name_of, parts_of
+from dpo_jax.parallel import fetched
 from dpo_jax.structs import (
     Algorithm,
     Array,
@@ -54,7 +55,7 @@ class Plan(NamedTuple):
 
     def anchor(self, frozen: Params, memory: Memory) -> Params:
         """The weights that the policy is compared with."""
-        own = frozen["reference"] if self.reference is None else memory["reference"]
+        own = fetched(frozen["reference"]) if self.reference is None else memory["reference"]
         return join(own, frozen)
 
 

@@ -36,7 +36,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Plan:
     """A step on one kind of devices; bytes, flops and seconds of one device.
 
-    held: what stays there from step to step by role, and the batch. needed: the most that is there
+    held: what stays there from step to step by role, and the batch. hosted: what stays in the
+    memory of its host, by role. needed: the most that is there
     at once, None where the compiler does not say. temporaries: the part of it that is not `held`,
     activations and gradients among it; None where the step does not fit. memory, peak, bandwidth:
     of the device, None = not known. sent: collectives by kind, None where it does not fit or XLA
@@ -51,6 +52,7 @@ class Plan:
     row_tokens: int
     notes: Sequence[str]
     held: Mapping[str, int]
+    hosted: Mapping[str, int]
     needed: int | None
     temporaries: int | None
     memory: int | None
@@ -136,6 +138,7 @@ def planned(experiment: Experiment, target: Target, data: Data, rows: int | None
         row_tokens=made.row_tokens,
         notes=notes,
         held=made.held,
+        hosted=made.hosted,
         needed=needed,
         temporaries=None if program is None or needed is None else needed - sum(made.held.values()),
         memory=memory,

@@ -49,6 +49,10 @@ def _groups(found: Sequence[Plan]) -> list[list[Row]]:
     roles = dict.fromkeys(role for plan in found for role, size in plan.held.items() if size)
     kinds = sorted({kind for plan in found for kind in plan.sent or ()})
     of_role: list[Row] = [(role, lambda p, role=role: size(p.held[role])) for role in roles]
+    away = dict.fromkeys(role for plan in found for role, size in plan.hosted.items() if size)
+    of_host: list[Row] = [
+        (f"{role} on the host", lambda p, role=role: size(p.hosted[role])) for role in away
+    ]
     of_kind: list[Row] = [(kind, lambda p, kind=kind: _sent(p, kind)) for kind in kinds]
     return [
         [
@@ -62,6 +66,7 @@ def _groups(found: Sequence[Plan]) -> list[list[Row]]:
             ("all", lambda p: size(p.needed)),
             ("memory", lambda p: size(p.memory)),
             ("fits", _fits),
+            *of_host,
         ],
         [
             ("flops", lambda p: _scaled(p.work.flops, "")),

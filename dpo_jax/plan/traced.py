@@ -15,6 +15,7 @@ from dpo_jax import (
     labelling,
     learned,
     member,
+    offload,
     optim,
     parallel,
     parts,
@@ -37,12 +38,14 @@ class Data(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One update, traced. held: bytes on one device by role. moved: bytes there that the optimizer
-    reads and writes. of_batch: which inputs of the program are of the batch. rows: on all devices.
-    notes: what stands behind the shapes, for people."""
+    """One update, traced. held: bytes on one device by role, hosted: those that the host holds for
+    it. moved: bytes there that the optimizer reads and writes. of_batch: which inputs of the
+    program are of the batch. rows: on all devices. notes: what stands behind the shapes, for
+    people."""
 
     traced: Any
     held: dict[str, int]
+    hosted: dict[str, int]
     moved: int
     of_batch: list[bool]
     rows: int
@@ -83,34 +86,39 @@ def step(
 
     memory: bytes of a device, by which run.reference=auto decides. Raises: BadInput as the run.
     """
+    offload.check(experiment.run, mesh.devices.flat[0])
     model, notes = parts.model(experiment), []
     algorithm = experiment.algorithm(model)
     tx = optim.transformation(experiment.optim, experiment.run.steps)
     state, frozen = _start(experiment, algorithm, tx, mesh)
     reference = join(frozen.get("reference", state.params), frozen)
-    named = show(experiment.algorithm)
-    cached = refcache.chosen(experiment.run.reference, algorithm, named, reference, memory)
+    named, wanted = show(experiment.algorithm), offload.reference(experiment.run)
+    cached = refcache.chosen(wanted, algorithm, named, reference, memory)
     if cached:
         frozen = {name: tree for name, tree in frozen.items() if name != "reference"}
         notes.append("the reference's log-probs are cached, its weights are not held")
-    shape, host, said = _batch(experiment, algorithm, mesh, data, rows)
+    host = offload.names(experiment, frozen)
+    state, frozen = (parallel.abstract(mesh, tree, host) for tree in (state, frozen))
+    shape, example, said = _batch(experiment, algorithm, mesh, data, rows)
     notes.append(said)
-    batch = parallel.abstract(mesh, _completed(algorithm, host, cached))
+    batch = parallel.abstract(mesh, _completed(algorithm, example, cached))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct((), key.dtype, sharding=parallel.shardings(mesh, key))
     judges = [_judge(each.parent, mesh, notes) for each in learned.named(experiment.algorithm)]
-    places = parallel.shardings(mesh, state)
+    places = parallel.shardings(mesh, state, host)
     update = jit_update(algorithm, tx, places, experiment.run.microbatches)
     roles = member.roles(model, state, frozen, judges)
     held = {role: parallel.own_bytes(tree) for role, tree in roles.items()}
+    hosted = {role: parallel.own_bytes(tree, host=True) for role, tree in roles.items()}
     arguments = (state, frozen, batch, key)
     with jax.set_mesh(mesh):  # its devices may not be here: nothing may run below it
         traced = update.trace(*arguments)
     return Step(
         traced,
         held | {"batch": parallel.own_bytes(batch)},
+        hosted,
         # weights and moments come and go, gradients come
-        parallel.own_bytes([state.params] * 3 + [state.opt_state] * 2),
+        3 * parallel.own_bytes(state.params) + 2 * (held["optimizer"] + hosted["optimizer"]),
         [i == 2 for i, tree in enumerate(arguments) for _ in jax.tree.leaves(tree)],
         shape.rows // algorithm.minibatches,
         shape.tokens,
