@@ -34,10 +34,9 @@ from dpo_jax import losses, optim, parallel, refcache
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.loader import Loader
 from dpo_jax.feed import Feed
-from dpo_jax.logprobs import ROUNDED
 from dpo_jax.models import hf
 from dpo_jax.structs import BadInput, Batch, Group, Model, Params, TrainState
-from dpo_jax.train import make_update
+from dpo_jax.train import jit_update
 
 WARM = 2  # steps before the clock counts
 PLANNED = 1000  # steps of the run whose shapes are compiled: a short one would have fewer
@@ -140,12 +139,7 @@ def timed(
         state = TrainState(jnp.int32(0), params, jax.jit(tx.init)(params), memory, jnp.int32(0))
         places = parallel.shardings(mesh, state)
         state = jax.device_put(state, places)
-        update = jax.jit(
-            make_update(algorithm, tx),
-            donate_argnums=0,
-            out_shardings=(places, None),
-            compiler_options=ROUNDED,
-        )
+        update = jit_update(algorithm, tx, places, 1)
         start, programs = time.perf_counter(), {}
 
         def ready(batch: Batch) -> Any:

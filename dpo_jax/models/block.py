@@ -82,10 +82,12 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 @partial(jax.checkpoint, static_argnums=0)
-def activated(act: Callable[[jax.Array], jax.Array], first: jax.Array, *up: jax.Array) -> jax.Array:
-    """act(first) * up. What lies in between is as wide as the MLP and cheap: it is made again on
-    the way back, not kept."""
-    return math.prod(up, start=act(first))
+def activated(
+    act: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array | None = None
+) -> jax.Array:
+    """act(gate), times `up` where there is one. What lies in between is as wide as the MLP and
+    cheap: it is made again on the way back, not kept."""
+    return act(gate) if up is None else act(gate) * up
 
 
 class Block(nn.Module):
