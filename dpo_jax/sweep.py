@@ -32,6 +32,8 @@ KL = "eval_samples/kl"
 AXES = {
     KL: "KL(policy, reference) in nats a response",
     "eval_samples/reward": "true reward",
+    "eval_criteria/reward/correlation": "correlation with the true reward, within prompts",
+    "data.source.n": "prompts",
 }
 REPORTED = ("eval_rewards/accuracies", "eval_samples/length", "eval_samples/finished")
 

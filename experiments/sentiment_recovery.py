@@ -1,5 +1,5 @@
 """dpo-jax sweep experiments/sentiment_recovery.py: how many prompts do pairs and rankings want?
-Cost: eight runs of the length of sentiment_reward, about half an hour on 2 quiet CPU cores.
+Cost: eight runs of the length of sentiment_reward, half an hour on 2 CPU cores.
 Result: runs/sentiment_recovery/sweep.png, the correlation of learned and true reward within
 prompts against the number of prompts; a prompt has one pair, or one ranking of four.
 """
@@ -17,15 +17,18 @@ PAIRED = partial(
 EXPERIMENT = replace(REWARD, name="sentiment_recovery")
 LINES = {
     # as many responses a step as the rankings have
-    "pairs": replace(REWARD, data=replace(REWARD.data, source=PAIRED, groups=64)),
-    "rankings_of_four": REWARD,
+    "pairs": (
+        replace(REWARD, data=replace(REWARD.data, source=PAIRED, groups=64)),
+        (24_000, 48_000, 96_000, 192_000),
+    ),
+    "rankings_of_four": (REWARD, (6_000, 12_000, 24_000, 48_000)),
 }
 SWEEP = Sweep(
     "sentiment_recovery",
     tuple(
         override(base, {"name": name, "data.source.n": n})
-        for name, base in LINES.items()
-        for n in (6_000, 12_000, 24_000, 48_000)
+        for name, (base, counts) in LINES.items()
+        for n in counts
     ),
     x="data.source.n",
     y="eval_criteria/reward/correlation",
