@@ -233,9 +233,11 @@ def draw(
         figure.legend(loc="outside right upper", fontsize="x-small", ncols=2)
     else:
         axes.legend(loc="upper left", fontsize="small")  # where little KL has earned little
-    bars = f"over {seeds} seeds" if seeds > 1 else "of the evaluation's prompts"
-    figure.supxlabel(
-        f"Last evaluation of every run; bars of one standard error {bars}.", fontsize="small"
-    )
+    if not any(point.x.error or point.y.error for point in points):
+        bars = "one seed, no bars"
+    else:
+        of = f"over {seeds} seeds" if seeds > 1 else "of the evaluation's prompts"
+        bars = f"bars of one standard error {of}"
+    figure.supxlabel(f"Last evaluation of every run; {bars}.", fontsize="small")
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=150)

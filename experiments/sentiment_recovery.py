@@ -1,7 +1,8 @@
 """dpo-jax sweep experiments/sentiment_recovery.py: how many prompts do pairs and rankings want?
-Cost: eight runs of the length of sentiment_reward, half an hour on 2 CPU cores.
+Cost: eight runs of the length of sentiment_reward, 25 min on 2 CPU cores.
 Result: runs/sentiment_recovery/sweep.png, the correlation of learned and true reward within
-prompts against the number of prompts; a prompt has one pair, or one ranking of four.
+prompts against the number of prompts; a prompt has one pair, or one ranking of four. Above 0.95
+from 12,000 rankings and from 96,000 pairs (commit dac1f67; docs/results.md).
 """
 
 from dataclasses import replace
