@@ -4,7 +4,6 @@ Unusable input is one line on stderr and exit status 2.
 """
 
 import argparse
-import ctypes
 import difflib
 import os
 import re
@@ -114,21 +113,10 @@ def _keep_compilations() -> None:
             jax.config.update(name, value)
 
 
-def _keep_memory() -> None:
-    """Let glibc keep what XLA frees: a step's temporaries above 32 MiB would go back to the system
-    and come again page by page, as faults, in the next step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
-
-
 def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from dpo_jax import experiment
 
     _keep_compilations()
-    _keep_memory()
     name, where = arguments.command, arguments.experiment
     overrides, others = parted(arguments.words)
     if name not in WORDS and others:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import losses, optim, parallel, refcache
+from dpo_jax import heap, losses, optim, parallel, refcache
 from dpo_jax.algorithms.preference import preference
 from dpo_jax.data.loader import Loader
 from dpo_jax.feed import Feed
@@ -288,4 +288,5 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    heap.tuned()
     main()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import heap
 from dpo_jax.logprobs import token_logps
 from dpo_jax.structs import Batch, Model
 
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.tuned()
     main()

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from bench import commit, hardware, peak_mb, read_ids, told
 
-from dpo_jax import parallel, sampling
+from dpo_jax import heap, parallel, sampling
 from dpo_jax.models import hf
 from dpo_jax.structs import BadInput
 
@@ -116,4 +116,5 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    heap.tuned()
     main()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from dpo_jax import build, experiment, together, train
+from dpo_jax import build, experiment, heap, together, train
 from dpo_jax.cli import parse_overrides, sweep_of
 
 DEFAULT = {"algorithm.loss.beta": ".1,.25,.5,1.0", "run.seed": "0,1,2", "run.steps": "20"}
@@ -69,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.tuned()
     main()

@@ -21,7 +21,7 @@ PACKAGE = "dpo_jax"
 
 # Bottom up: a name imports the lines above its own, and itself.
 LAYERS = (
-    {"structs"},
+    {"structs", "heap"},
     {"losses", "data", "parallel"},
     {"models", "worlds"},
     {"head"},

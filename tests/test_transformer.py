@@ -122,7 +122,7 @@ def test_layers_that_differ_are_the_same_in_a_loop_and_unrolled(monkeypatch):
 
         def total(params):
             row = (batch.tokens_RT, batch.positions_RT, batch.until_RT)
-            return jnp.sum(jnp.square(model.hidden(params, *row)[0]))
+            return jnp.sum(jnp.sin(model.hidden(params, *row)[0]))  # its squares add up to T D
 
         return jax.jit(jax.value_and_grad(total))(params)
 
@@ -139,6 +139,19 @@ def test_rope_depends_on_distance_only():
 
     assert score(7, 4) == pytest.approx(score(13, 10), rel=1e-5)
     assert score(7, 4) != pytest.approx(score(7, 5), rel=1e-3)
+
+
+def test_the_turn_is_made_once_for_all_layers():
+    batch = pack(groups(5, seed=3), row_tokens=24)
+    model = decoder(replace(CONFIG, L=transformer.UNROLLED))
+    params = model.init(jax.random.key(0))
+
+    def total(params, tokens_RT, positions_RT, until_RT):
+        return model.hidden(params, tokens_RT, positions_RT, until_RT)[0].sum()
+
+    read = (batch.tokens_RT, batch.positions_RT, batch.until_RT)
+    program = jax.jit(jax.grad(total)).lower(params, *read).compile().as_text() or ""
+    assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 def test_rms_norm_by_hand():

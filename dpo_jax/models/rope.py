@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models.schedule import platform
 from dpo_jax.structs import BadInput, precise
 
 Kind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -94,11 +95,25 @@ def rotary(positions_RT: jax.Array, E: int, base: float, scaling: Scaling | None
 
 def _turned(positions_RT: jax.Array, frequency: Any, factor: float = 1.0) -> Turn:
     axes = "rte" if frequency.ndim == 3 else "e"
-    angle = jnp.einsum(
-        f"rt,{axes}->rte", positions_RT.astype(float), jnp.asarray(frequency, float)
-    )[:, :, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    def turn() -> Turn:
+        angle = jnp.einsum(
+            f"rt,{axes}->rte", positions_RT.astype(float), jnp.asarray(frequency, float)
+        )[:, :, None]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    return made_once(turn, jnp.max(positions_RT) >= 0)
+
+
+def made_once(make: Callable[[], Any], true: jax.Array) -> Any:
+    """make(), which on a CPU every reader would otherwise make again for itself: XLA fuses it into
+    each (cos and sin 32 times a step of four layers). true: a value that is, and that XLA cannot
+    know of; behind it nothing is fused."""
+    if platform() != "cpu":
+        return make()
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
+    return jax.lax.cond(true, make, lambda: zeros)
 
 
 def rotate(x_RTHE: jax.Array, turn: Turn) -> jax.Array:

@@ -1,0 +1,90 @@
+"""How the memory of a process lies: on huge pages, and kept, from its start on."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import heap
+
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="what is tuned is glibc, which is not here"
+)
+# a process that says how often it began, and what it is
+BEGUN = """
+import json, os, sys
+with open(sys.argv[1], "a") as file:
+    print(os.getpid(), file=file)
+from dpo_jax import heap
+heap.tuned()
+print(json.dumps([sys.argv[1:], os.environ["GLIBC_TUNABLES"], sys.warnoptions, os.getpid()]))
+"""
+# one that takes 64 MiB, writes them and gives them back, twice, and counts the faults of each time
+FAULTS = """
+import ctypes, json, resource, sys
+from dpo_jax import heap
+if sys.argv[1] == "tuned":
+    heap.tuned()
+libc, size = ctypes.CDLL(None), 2**26
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+found = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    place = libc.malloc(size)
+    libc.memset(place, 1, size)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    asked, inside = False, False
+    for line in open("/proc/self/smaps"):
+        word = line.split()[0]
+        if "-" in word:
+            first, last = (int(end, 16) for end in word.split("-"))
+            inside = first <= place + size // 2 < last
+        elif inside and word == "VmFlags:":
+            asked = "hg" in line.split()
+    libc.free(place)
+print(json.dumps([found, asked]))
+"""
+
+
+def said(program: str, *words: str, before: tuple[str, ...] = (), **environment: str):
+    """What a process without tuned memory, begun with these words, prints as JSON."""
+    plain = {name: value for name, value in os.environ.items() if name != heap.TUNABLES}
+    command = [sys.executable, *before, "-c", program, *words]
+    run = subprocess.run(command, env=plain | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_a_process_begins_again_once_with_its_words_and_its_number(tmp_path):
+    starts, words = tmp_path / "starts", ["two words", "--flag", "-W", "option='x y'"]
+    before = ("-W", "error::DeprecationWarning")
+    told, tunables, warnings, number = said(BEGUN, str(starts), *words, before=before)
+    assert told == [str(starts), *words]
+    assert warnings == ["error::DeprecationWarning"]
+    assert starts.read_text().split() == [str(number)] * 2, "twice, under one number"
+    assert "glibc.malloc.hugetlb=1" in tunables.split(":")
+
+
+def test_what_the_environment_tunes_stays(tmp_path):
+    starts = tmp_path / "starts"
+    own = {heap.TUNABLES: "glibc.malloc.arena_max=1"}
+    assert said(BEGUN, str(starts), **own)[1] == own[heap.TUNABLES]
+    assert len(starts.read_text().split()) == 1
+
+
+def test_memory_is_kept_and_asks_for_huge_pages():
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.exists() or "[madvise]" not in mode.read_text():
+        pytest.skip("the kernel grants huge pages always or never, not where they are asked for")
+    (first, second), asked = said(FAULTS, "plain")
+    assert first > 10_000 and second > 10_000, "64 MiB in pages of 4 KiB, each time"
+    assert not asked
+    (first, second), asked = said(FAULTS, "tuned")
+    assert second < 100, "what was freed came back without a fault"
+    assert asked
