@@ -52,11 +52,16 @@ print(json.dumps([found, asked]))
 """
 
 
-def said(program: str, *words: str, before: tuple[str, ...] = (), **environment: str):
+def said(
+    program: str,
+    *words: str,
+    before: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+):
     """What a process without tuned memory, begun with these words, prints as JSON."""
     plain = {name: value for name, value in os.environ.items() if name != heap.TUNABLES}
     command = [sys.executable, *before, "-c", program, *words]
-    run = subprocess.run(command, env=plain | environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=plain | (environment or {}), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -74,7 +79,7 @@ def test_a_process_begins_again_once_with_its_words_and_its_number(tmp_path):
 def test_what_the_environment_tunes_stays(tmp_path):
     starts = tmp_path / "starts"
     own = {heap.TUNABLES: "glibc.malloc.arena_max=1"}
-    assert said(BEGUN, str(starts), **own)[1] == own[heap.TUNABLES]
+    assert said(BEGUN, str(starts), environment=own)[1] == own[heap.TUNABLES]
     assert len(starts.read_text().split()) == 1
 
 
