@@ -1,7 +1,7 @@
 """How long a DPO step takes, everything inside the clock.
 
     python scripts/bench.py --policy DIR --reference DIR --pairs FILE.jsonl [--batch 8]
-        [--cached-reference] [--json OUT]
+        [--microbatches 1] [--cached-reference] [--json OUT]
 
 DIR: folders of Hugging Face. FILE: a pair of token ids a line, under prompt, chosen and rejected,
 taken in the order of the file. float32, beta 0.1, AdamW at 1e-5, the reference computed in the
@@ -39,6 +39,7 @@ from dpo_jax.structs import BadInput, Batch, Group, Model, Params, TrainState
 from dpo_jax.train import jit_update
 
 WARM = 2  # steps before the clock counts
+LONG = 6  # longest pairs a row has room for: longer rows fill better
 PLANNED = 1000  # steps of the run whose shapes are compiled: a short one would have fewer
 
 
@@ -126,6 +127,7 @@ def timed(
     prepare: Callable[[jax.sharding.Mesh], Work],
     loader_of: Callable[[list[Group]], Loader],
     steps: int,
+    microbatches: int = 1,
 ) -> Timing:
     """Train for so many steps, on a mesh of all devices."""
     mesh = parallel.make_mesh()
@@ -139,7 +141,7 @@ def timed(
         state = TrainState(jnp.int32(0), params, jax.jit(tx.init)(params), memory, jnp.int32(0))
         places = parallel.shardings(mesh, state)
         state = jax.device_put(state, places)
-        update = jit_update(algorithm, tx, places, 1)
+        update = jit_update(algorithm, tx, places, microbatches)
         start, programs = time.perf_counter(), {}
 
         def ready(batch: Batch) -> Any:
@@ -263,7 +265,10 @@ def main() -> None:
         "--cached-reference", action="store_true", help="its log-probs are found before the clock"
     )
     parser.add_argument("--steps", type=int, help="by default the file once")
-    parser.add_argument("--row-tokens", type=int, help="by default twice the longest pair")
+    parser.add_argument("--row-tokens", type=int, help=f"by default {LONG} times the longest pair")
+    parser.add_argument(
+        "--microbatches", type=int, default=1, metavar="N", help="parts of a step, one by one"
+    )
     parser.add_argument("--json", metavar="OUT")
     given = parser.parse_args()
     told(partial(measured, given), given.json)
@@ -276,15 +281,15 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     loader_of = partial(
         InOrder,
         step_groups=given.batch,
-        row_tokens=given.row_tokens or 2 * max(group.tokens for group in groups),
+        row_tokens=given.row_tokens or LONG * max(group.tokens for group in groups),
         seed=0,
         steps=PLANNED,
-        rows_multiple=jax.device_count(),
+        rows_multiple=jax.device_count() * given.microbatches,
     )
     steps = given.steps or max(1, len(groups) // given.batch)
     cached = given.cached_reference
     prepare = partial(prepared, given.policy, given.reference, groups, cached=cached)
-    return record(timed(prepare, loader_of, steps), cached)
+    return record(timed(prepare, loader_of, steps, given.microbatches), cached)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("GLIBC_TUNABLES", "")  # set, so that no script under test begins twice
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

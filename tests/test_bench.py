@@ -64,17 +64,19 @@ def test_the_record_of_a_run(folder):
     assert {"hardware", "commit"} <= found.keys() and "tokens_per_second" in done.stdout
 
 
-def test_a_cached_reference_is_not_in_the_step(folder):
-    """The same losses; what lies in memory between steps is less by the reference's weights."""
+def test_parts_and_a_cached_reference_change_no_loss(folder):
+    """What lies in memory between steps is less by the weights of a cached reference."""
     found = {}
-    for name, flags in {"live": (), "cached": ("--cached-reference",)}.items():
+    ways = {"live": (), "cached": ("--cached-reference",), "parts": ("--microbatches", "2")}
+    for name, flags in ways.items():
         done = bench(folder, "pairs.jsonl", *flags)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((folder / "out.json").read_text())
-        assert found[name]["reference"] == name
+        assert found[name]["reference"] == ("cached" if name == "cached" else "live")
     live, cached = found["live"], found["cached"]
     for loss in ("loss_first", "loss_last"):
         assert cached[loss] == pytest.approx(live[loss], abs=1e-6)
+        assert found["parts"][loss] == pytest.approx(live[loss], abs=1e-6)
     weights = sum(x.nbytes for x in jax.tree.leaves(MODEL.init(jax.random.key(0)))) / 2**20
     # a batch of 64 places carry their log-probs instead
     assert live["arrays_mb"] - cached["arrays_mb"] == pytest.approx(weights, rel=0.1)

@@ -245,7 +245,7 @@ def test_a_base_without_a_parent_is_stored_with_its_adapters(place):
     result = dpo_jax.run(alone)
     assert sealed(result) == {"base", "lora"}
     drawn = parts.decoder(SFT.model).init(jax.random.key(0))
-    assert same(result.params["base"], drawn)
+    assert relative_error(result.params["base"], drawn) < 1e-7  # other programs, other fusions
     assert same(dpo_jax.run(alone).params, result.params)
     found = parts.stored(DPO, str(result.directory))
     assert found.lora == LORA and same(found.params, result.params)

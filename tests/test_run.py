@@ -170,7 +170,7 @@ def test_the_average_is_that_of_the_trajectory(place):
     trajectory = [saved_params(averaging, "averaged", step, kept.params) for step in (1, 2, 3)]
     for params in trajectory:
         expected = jax.tree.map(lambda a, p: 0.8 * a + 0.2 * p, expected, params)
-    assert relative_error(trajectory[-1], plain.params) == 0  # training itself is the same
+    assert relative_error(trajectory[-1], plain.params) < 1e-7  # training itself is the same
     assert relative_error(kept.params, expected) < 1e-6
     assert relative_error(kept.params, plain.params) > 1e-3
 
