@@ -39,7 +39,7 @@ from dpo_jax.structs import BadInput, Batch, Group, Model, Params, TrainState
 from dpo_jax.train import jit_update
 
 WARM = 2  # steps before the clock counts
-LONG = 6  # longest pairs a row has room for: longer rows fill better
+LONG = 4  # longest pairs a row has room for: longer rows fill better
 PLANNED = 1000  # steps of the run whose shapes are compiled: a short one would have fewer
 
 
