@@ -156,10 +156,10 @@ class Block(nn.Module):
                 turn = jax.tree.map(lambda *kinds: jnp.stack(kinds)[layer.rope_L], *shared.turns)
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
-            start = [jnp.int32(i) for i in (layer.index_L, 0, shared.index, 0, 0)]
+            start = [jnp.int32(i) for i in (layer.index_L, 0, 0, shared.index, 0)]
             cache = tuple(
-                jax.lax.dynamic_update_slice(all_LRSJE, new[None], start)
-                for all_LRSJE, new in zip(cache, (k, v), strict=True)
+                jax.lax.dynamic_update_slice(all_LRJSE, jnp.moveaxis(new, 1, 2)[None], start)
+                for all_LRJSE, new in zip(cache, (k, v), strict=True)
             )
         options: dict[str, Any] = {
             "window": layer.window_L,
@@ -170,7 +170,7 @@ class Block(nn.Module):
         if cache is None or shared.plan is not None:  # a cache that is only now opened is empty
             seen = attention(q, k, v, shared.until_RS, plan=shared.plan, **options)
         else:
-            k, v = (all_LRSJE[layer.index_L] for all_LRSJE in cache)
+            k, v = (jnp.moveaxis(all_LRJSE[layer.index_L], 1, 2) for all_LRJSE in cache)
             seen = dense(q, k, v, shared.until_RS, offset=shared.index, **options)
         return self.product("rthe,hed->rtd", seen, "o_HED", c.o_bias), cache
 

@@ -106,10 +106,11 @@ class Config:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of S places; `index` is the first free one."""
+    """Keys and values of S places, those of a head together, as products read them; `index` is the
+    first free place."""
 
-    k_LRSJE: jax.Array
-    v_LRSJE: jax.Array
+    k_LRJSE: jax.Array
+    v_LRJSE: jax.Array
     until_RS: jax.Array
     position_RS: jax.Array
     index: jax.Array
@@ -165,10 +166,10 @@ class Decoder(nn.Module):
         )
         if shared is None:
             shared = Shared(turns, until_RS, positions_RT, position_RS, cache.index, None)
-        carry = (x_RTD, (cache.k_LRSJE, cache.v_LRSJE))
-        (x_RTD, (k_LRSJE, v_LRSJE)), _ = self.layers(carry, self.each_layer(), shared)
+        carry = (x_RTD, (cache.k_LRJSE, cache.v_LRJSE))
+        (x_RTD, (k_LRJSE, v_LRJSE)), _ = self.layers(carry, self.each_layer(), shared)
         index = cache.index + tokens_RT.shape[1]
-        return self.final_norm(x_RTD), Cache(k_LRSJE, v_LRSJE, until_RS, position_RS, index)
+        return self.final_norm(x_RTD), Cache(k_LRJSE, v_LRJSE, until_RS, position_RS, index)
 
     def turn(self, kind: str, positions_RT: jax.Array) -> rope.Turn:
         c = self.config
@@ -209,9 +210,9 @@ class Decoder(nn.Module):
 
     def empty_cache(self, rows: int, places: int) -> Cache:
         c = self.config
-        k_LRSJE = jnp.zeros((c.L, rows, places, c.J, c.E), self.dtype)
+        k_LRJSE = jnp.zeros((c.L, rows, c.J, places, c.E), self.dtype)
         none_RS = jnp.zeros((rows, places), jnp.int32)
-        return Cache(k_LRSJE, k_LRSJE, none_RS, none_RS, jnp.int32(0))
+        return Cache(k_LRJSE, k_LRJSE, none_RS, none_RS, jnp.int32(0))
 
     def unembed(self, hidden):
         wide = stored(self.dtype)
