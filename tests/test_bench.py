@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,12 +43,22 @@ def bench(folder: Path, pairs: str, *flags: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_record_of_a_run(folder):
-    """Nine pairs, two a step: four steps, of which two count."""
-    done = bench(folder, "pairs.jsonl")
+def recorded(folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
+    """The record of a run over the pairs, and what it printed."""
+    done = bench(folder, "pairs.jsonl", *flags)
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "out.json").read_text())
-    assert found["steps"] == 2
+    return json.loads((folder / "out.json").read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def live(folder) -> tuple[dict[str, Any], str]:
+    return recorded(folder)
+
+
+def test_the_record_of_a_run(live):
+    """Nine pairs, two a step: four steps, of which two count."""
+    found, printed = live
+    assert found["steps"] == 2 and found["reference"] == "live"
     batch = pack(PAIRS[:2], row_tokens=64, rows=1)
     policy, reference = (
         response_logps(MODEL, MODEL.init(jax.random.key(seed)), batch)[0] for seed in (0, 1)
@@ -61,22 +72,17 @@ def test_the_record_of_a_run(folder):
     # of two steps the mean of the rates is no less than the least count by the mean of the times
     assert found["tokens_per_second"] * found["step_s"] > 0.999 * min(tokens)
     assert found["programs"] == found["programs_at_start"]  # none was compiled in between
-    assert {"hardware", "commit"} <= found.keys() and "tokens_per_second" in done.stdout
+    assert {"hardware", "commit"} <= found.keys() and "tokens_per_second" in printed
 
 
-def test_parts_and_a_cached_reference_change_no_loss(folder):
+def test_parts_and_a_cached_reference_change_no_loss(folder, live):
     """What lies in memory between steps is less by the weights of a cached reference."""
-    found = {}
-    ways = {"live": (), "cached": ("--cached-reference",), "parts": ("--microbatches", "2")}
-    for name, flags in ways.items():
-        done = bench(folder, "pairs.jsonl", *flags)
-        assert done.returncode == 0, done.stderr
-        found[name] = json.loads((folder / "out.json").read_text())
-        assert found[name]["reference"] == ("cached" if name == "cached" else "live")
-    live, cached = found["live"], found["cached"]
+    live, cached = live[0], recorded(folder, "--cached-reference")[0]
+    parts = recorded(folder, "--microbatches", "2")[0]
+    assert cached["reference"] == "cached"
     for loss in ("loss_first", "loss_last"):
         assert cached[loss] == pytest.approx(live[loss], abs=1e-6)
-        assert found["parts"][loss] == pytest.approx(live[loss], abs=1e-6)
+        assert parts[loss] == pytest.approx(live[loss], abs=1e-6)
     weights = sum(x.nbytes for x in jax.tree.leaves(MODEL.init(jax.random.key(0)))) / 2**20
     # a batch of 64 places carry their log-probs instead
     assert live["arrays_mb"] - cached["arrays_mb"] == pytest.approx(weights, rel=0.1)
