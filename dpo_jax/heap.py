@@ -14,8 +14,8 @@ def tuned() -> None:
     grants them, and kept when it is freed; unless the environment tunes glibc already.
 
     Else the temporaries come page by page, as faults, in every step, and the pages are more than
-    the processor has addresses of at hand: a step of item S of docs/performance.md then takes a
-    seventh longer. Call it before anything that may not happen twice.
+    the processor has addresses of at hand; docs/performance.md has what that costs. Call it before
+    anything that may not happen twice.
     """
     if sys.platform == "linux" and TUNABLES not in os.environ:
         settings = (f"glibc.malloc.{name}={value}" for name, value in WANTED.items())

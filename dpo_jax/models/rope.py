@@ -106,14 +106,14 @@ def _turned(positions_RT: jax.Array, frequency: Any, factor: float = 1.0) -> Tur
     return made_once(turn, jnp.max(positions_RT) >= 0)
 
 
-def made_once(make: Callable[[], Any], true: jax.Array) -> Any:
+def made_once(make: Callable[[], Any], holds: jax.Array) -> Any:
     """make(), which on a CPU every reader would otherwise make again for itself: XLA fuses it into
-    each (cos and sin 32 times a step of four layers). true: a value that is, and that XLA cannot
-    know of; behind it nothing is fused."""
+    each (cos and sin 32 times a step of four layers). holds: what is always true, and XLA cannot
+    know it; behind it nothing is fused."""
     if platform() != "cpu":
         return make()
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
-    return jax.lax.cond(true, make, lambda: zeros)
+    return jax.lax.cond(holds, make, lambda: zeros)
 
 
 def rotate(x_RTHE: jax.Array, turn: Turn) -> jax.Array:
