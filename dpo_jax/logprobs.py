@@ -161,8 +161,8 @@ def scored_hidden(model: Model, params: Params, batch: Batch) -> jax.Array:
     R, T = batch.tokens_RT.shape
     chex.assert_shape([batch.positions_RT, batch.until_RT], (R, T))
     chex.assert_equal_shape([batch.target_RN, batch.source_RN, batch.slot_RN])
-    hidden_RTD, _ = model.hidden(params, batch.tokens_RT, batch.positions_RT, batch.until_RT)
-    return jax.vmap(lambda hidden_TD, source_N: hidden_TD[source_N])(hidden_RTD, batch.source_RN)
+    rows = batch.tokens_RT, batch.positions_RT, batch.until_RT
+    return model.hidden_at(params, batch.source_RN, *rows)[0]
 
 
 def readout(hidden_RND: jax.Array, readout_D: Array) -> jax.Array:

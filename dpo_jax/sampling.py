@@ -131,10 +131,12 @@ def _compiled(
         real_BP = place_P[None, :] < length_B[:, None]
         until_BP = jnp.where(real_BP, S, place_P[None, :] + 1)
         positions_BP = jnp.where(real_BP, place_P[None, :], 0)
-        hidden_BPD, cache = model.hidden(params, tokens_BP, positions_BP, until_BP, S)
-        last_BD = jax.vmap(lambda hidden_PD, length: hidden_PD[length - 1])(hidden_BPD, length_B)
+        params = model.apart(params)
+        last_B1 = jnp.maximum(length_B, 1)[:, None] - 1
+        places = tokens_BP, positions_BP, until_BP
+        last_B1D, cache = model.hidden_at(params, last_B1, *places, S)
         cache = repeat_rows(cache, n)
-        hidden_RD = jnp.repeat(last_BD, n, axis=0)
+        hidden_RD = jnp.repeat(last_B1D[:, 0], n, axis=0)
         length_R = jnp.repeat(length_B, n)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
         number_BK = first_B[:, None] + jnp.arange(n)[None, :]
@@ -149,8 +151,7 @@ def _compiled(
             kept_RV = keep_top_k(kept_RV, top_k) if by_k else kept_RV
             kept_RV = keep_top_p(kept_RV, top_p) if by_p else kept_RV
             draws = jax.vmap(jax.random.fold_in, (0, None))(keys_R, t)
-            drawn_R = jax.vmap(jax.random.categorical)(draws, kept_RV)
-            token_R = jnp.argmax(kept_RV, axis=-1) if greedy else drawn_R
+            token_R = likeliest(kept_RV if greedy else kept_RV + gumbel(draws, kept_RV))
             token_R = jnp.where(ended_R, eos, token_R).astype(jnp.int32)
             logp_R = jnp.take_along_axis(jax.nn.log_softmax(logits_RV), token_R[:, None], axis=-1)[
                 :, 0
@@ -179,13 +180,26 @@ def _compiled(
 
 
 def repeat_rows(cache, n: int):
-    """Every row of a cache n times in a row; the name of a leaf says which axis is R."""
+    """Every row of a cache n times in a row; the name of a leaf says which axis is R, counted from
+    its end: with all layers in one array, L stands in front."""
 
     def repeat(path, leaf):
         axes = letters(path)
-        return jnp.repeat(leaf, n, axis=axes.index("R")) if "R" in axes else leaf
+        return jnp.repeat(leaf, n, axis=axes.index("R") - len(axes)) if "R" in axes else leaf
 
     return jax.tree_util.tree_map_with_path(repeat, cache)
+
+
+def gumbel(keys_R: jax.Array, like_RV: jax.Array) -> jax.Array:
+    """Numbers whose sum with logits is largest where a draw from their softmax falls, as in
+    `jax.random.categorical`, each row by its own key."""
+    return jax.vmap(lambda key, x_V: jax.random.gumbel(key, x_V.shape, x_V.dtype))(keys_R, like_RV)
+
+
+def likeliest(x_RV: jax.Array) -> jax.Array:
+    """The argmax, by way of the maximum: XLA vectorises that, but what an argmax reads it makes
+    number by number."""
+    return jnp.argmax(x_RV == jnp.max(x_RV, axis=-1, keepdims=True), axis=-1)
 
 
 def keep_top_k(logits_RV: jax.Array, top_k: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from tiny import relative_error
 
 from dpo_jax import parallel
 from dpo_jax.data.packing import pack
-from dpo_jax.models import attention, block, schedule, walk
+from dpo_jax.models import attention, block, schedule, transformer, walk
 from dpo_jax.models.schedule import Sizes
 from dpo_jax.models.transformer import decoder
 
@@ -239,6 +239,7 @@ def test_a_decoder_of_several_blocks_is_one_with_dense_attention(remat, monkeypa
 def test_what_attention_made_is_kept_where_products_are(monkeypatch):
     """With remat=dots a step walks no more often than without; with full once more a layer."""
     monkeypatch.setitem(schedule.SIZES, "cpu", Sizes(16, 16, 1))
+    monkeypatch.setattr(transformer, "UNROLLED", 0)  # all three a loop over the layers
     config = replace(tiny.CONFIG, L=2)
     ids_RT = jnp.ones((2, 32), jnp.int32)
     params = jax.eval_shape(decoder(config).init, jax.random.key(0))

@@ -19,7 +19,7 @@ from dpo_jax.algorithms.preference import preference
 from dpo_jax.algorithms.reward import reward
 from dpo_jax.algorithms.sft import sft
 from dpo_jax.experiment import Data, Experiment, Learned, Lora, Mesh, Optim, Run
-from dpo_jax.models.transformer import Config
+from dpo_jax.models.transformer import UNROLLED, Config
 from dpo_jax.parallel import make_mesh
 from dpo_jax.plan import Plan, planned, plans, smallest, traced
 from dpo_jax.plan.collectives import Sent, collectives
@@ -211,12 +211,16 @@ def test_the_bound_is_what_takes_longest():
 
 def test_weights_are_gathered_where_they_are_parted():
     assert plan(DPO, 1).sent == {}
+    many = 1 + UNROLLED  # layers that run under a loop
+    looped = plan(replace(FSDP, model=replace(DPO.model, L=many))).sent
     summed, parted = plan(DPO).sent, plan(FSDP).sent
-    assert summed is not None and parted is not None
+    assert summed is not None and parted is not None and looped is not None
     assert summed.keys() == {"all-reduce"}
     assert summed["all-reduce"].bytes >= 4 * WEIGHTS  # the gradient
-    # the layers' matrices for the reference, and for the policy there and back
-    assert parted["all-gather"].bytes >= 3 * 4 * L * LAYER
+    # the layers' matrices for the reference, and for the policy there; a loop fetches them again
+    # on the way back, where layers one after another still have them
+    assert parted["all-gather"].bytes >= 2 * 4 * L * LAYER
+    assert looped["all-gather"].bytes >= 3 * 4 * many * LAYER
 
 
 def test_collectives_in_loops_count_once_a_turn():

@@ -1,5 +1,7 @@
 """The sampler against full forward passes, its own log-probs against the packed ones, its cuts."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from tiny import CONFIG, MODEL
 from dpo_jax.data.packing import pack
 from dpo_jax.evaluate import completions
 from dpo_jax.logprobs import token_logps
+from dpo_jax.models import transformer
+from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import Config, decoder
-from dpo_jax.sampling import keep_top_k, keep_top_p, sample
+from dpo_jax.sampling import gumbel, keep_top_k, keep_top_p, likeliest, sample
 from dpo_jax.structs import BadInput, Group
 from dpo_jax.worlds import sentiment
 
@@ -107,6 +111,31 @@ def test_log_probs_are_those_of_the_packed_samples(temperature):
             expected = samples.logps[batch.record_RG[row, slot]][k]
             found = logp_RN[row][batch.slot_RN[row] == 2 * slot + k]
             np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_draws_are_those_of_categorical():
+    """Ties go to the first, what is cut off is never drawn."""
+    logit_RV = jax.random.normal(jax.random.key(1), (64, 50)).at[:, 7:20].set(-jnp.inf)
+    keys_R = jax.random.split(jax.random.key(2), 64)
+    expected_R = jax.vmap(jax.random.categorical)(keys_R, logit_RV)
+    np.testing.assert_array_equal(likeliest(logit_RV + gumbel(keys_R, logit_RV)), expected_R)
+    tied_RV = jnp.array([[0.0, 2.0, 2.0], [-jnp.inf, -1.0, -1.0]])
+    np.testing.assert_array_equal(likeliest(tied_RV), [1, 1])
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_layers_one_after_another_draw_what_a_loop_does(lora, monkeypatch):
+    """Their caches differ in form: one a layer, or one of all."""
+    config = replace(CONFIG, L=3, windows=(4, 0, 7))
+
+    def draws(unrolled: int):
+        monkeypatch.setattr(transformer, "UNROLLED", unrolled)
+        model = decoder(config, lora=lora)
+        params = model.init(jax.random.key(0))
+        options = {"key": KEY, "eos": NEVER, "max_tokens": 6, "n": 2}
+        return flat(sample(model, params, PROMPTS, **options))
+
+    assert_equal(draws(3), draws(0))
 
 
 def test_eos_ends_a_response_and_changes_nothing_before_it():

@@ -78,10 +78,11 @@ def reward_scores(model: Model, params: Params, batch: Batch) -> jax.Array:
     """
     if HEAD not in params:
         raise BadInput(f"these weights have no {HEAD}: take those of a run that trains a reward")
-    hidden_RTD, _ = model.hidden(params, batch.tokens_RT, batch.positions_RT, batch.until_RT)
+    rows = batch.tokens_RT, batch.positions_RT, batch.until_RT
     there_RGK = jnp.asarray(batch.end_RGK) >= 0
-    end_RGK = jnp.where(there_RGK, batch.end_RGK, 0)
-    hidden_RGKD = jax.vmap(lambda hidden_TD, end_GK: hidden_TD[end_GK])(hidden_RTD, end_RGK)
+    end_RN = jnp.where(there_RGK, batch.end_RGK, 0).reshape(len(there_RGK), -1)
+    hidden_RND, _ = model.hidden_at(params, end_RN, *rows)
+    hidden_RGKD = hidden_RND.reshape(*there_RGK.shape, -1)
     # a product this small is not worth the rounding that accelerators have by default
     score_RGK = jnp.einsum(
         "rgkd,d->rgk", precise(hidden_RGKD), precise(params[HEAD]), precision="highest"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models import lora as low_rank
+from dpo_jax.models.asked import Asked, spread, take
 from dpo_jax.models.attention import attention, dense
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Turn, rotate
@@ -32,6 +33,7 @@ class Shared(NamedTuple):
     """What all layers read: the turns of `Config.kinds`, and where queries and keys stand.
 
     plan: of the blocks of whole rows; None where the keys are those of a cache, S places.
+    asked: the places whose output is read; None = all.
     """
 
     turns: list[Turn]
@@ -40,14 +42,25 @@ class Shared(NamedTuple):
     position_RS: jax.Array
     index: jax.Array | int
     plan: Schedule | None
+    asked: Asked | None = None
 
 
 class Layer(NamedTuple):
-    """What is scanned; None where all layers are alike."""
+    """What is scanned; None where all layers are alike, the index where each has its own cache."""
 
-    index_L: jax.Array
+    index_L: jax.Array | None
     window_L: jax.Array | None
     rope_L: jax.Array | None
+
+    def own(self, kept: jax.Array) -> jax.Array:
+        """The keys or values of this layer, RJSE, of a cache of one layer or of all."""
+        return kept if self.index_L is None else kept[self.index_L]
+
+    def put(self, kept: jax.Array, new_RJTE: jax.Array, place: jax.Array | int) -> jax.Array:
+        """A cache of one layer or of all with T new places from `place` on."""
+        start = (0, 0, place, 0) if self.index_L is None else (self.index_L, 0, 0, place, 0)
+        new = new_RJTE if self.index_L is None else new_RJTE[None]
+        return jax.lax.dynamic_update_slice(kept, new, [jnp.int32(i) for i in start])
 
 
 def stored(dtype: Any) -> Any:
@@ -143,7 +156,8 @@ class Block(nn.Module):
 
     def attend(self, x_RTD, cache, layer: Layer, shared: Shared):
         c = self.config
-        q = self.product("rtd,dhe->rthe", x_RTD, "q_DHE", c.qkv_bias)
+        q = self.product("rtd,dhe->rthe", take(x_RTD, shared.asked), "q_DHE", c.qkv_bias)
+        q = spread(q, shared.asked)
         k = self.product("rtd,dje->rtje", x_RTD, "k_DJE", c.qkv_bias)
         v = self.product("rtd,dje->rtje", x_RTD, "v_DJE", c.qkv_bias)
         if c.qk_norm != "none":
@@ -156,10 +170,9 @@ class Block(nn.Module):
                 turn = jax.tree.map(lambda *kinds: jnp.stack(kinds)[layer.rope_L], *shared.turns)
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
-            start = [jnp.int32(i) for i in (layer.index_L, 0, 0, shared.index, 0)]
             cache = tuple(
-                jax.lax.dynamic_update_slice(all_LRJSE, jnp.moveaxis(new, 1, 2)[None], start)
-                for all_LRJSE, new in zip(cache, (k, v), strict=True)
+                layer.put(kept, jnp.moveaxis(new, 1, 2), shared.index)
+                for kept, new in zip(cache, (k, v), strict=True)
             )
         options: dict[str, Any] = {
             "window": layer.window_L,
@@ -170,8 +183,9 @@ class Block(nn.Module):
         if cache is None or shared.plan is not None:  # a cache that is only now opened is empty
             seen = attention(q, k, v, shared.until_RS, plan=shared.plan, **options)
         else:
-            k, v = (jnp.moveaxis(all_LRJSE[layer.index_L], 1, 2) for all_LRJSE in cache)
+            k, v = (jnp.moveaxis(layer.own(kept), 1, 2) for kept in cache)
             seen = dense(q, k, v, shared.until_RS, offset=shared.index, **options)
+        seen = take(seen, shared.asked)
         return self.product("rthe,hed->rtd", seen, "o_HED", c.o_bias), cache
 
     def mlp(self, x_RTD):
@@ -193,6 +207,7 @@ class Block(nn.Module):
             return self.norm(y, f"after_{name}_norm") if c.norm_place != "before" else y
 
         seen, cache = self.attend(before(x_RTD, "attention"), cache, layer, shared)
+        x_RTD = take(x_RTD, shared.asked)
         seen_RTD = x_RTD + after(seen, "attention")
         made = self.mlp(before(x_RTD if c.parallel else seen_RTD, "mlp"))
         return (constrain(seen_RTD + after(made, "mlp"), "R--"), cache), None

@@ -1,12 +1,13 @@
 """One decoder, configured into GPT-2, NeoX, Llama, Mistral, Qwen, Gemma, OLMo, Phi and SmolLM.
 
-By default: RMSNorm, RoPE, grouped-query attention, SwiGLU. The layers run under one scan; where
-they differ (windows, rotary bases) the difference is an array along L that is scanned with them.
+By default: RMSNorm, RoPE, grouped-query attention, SwiGLU. The parameters of all layers lie along
+L; where layers differ (windows, rotary bases) the difference is an array along L as well. A few
+layers run one after another, many under one scan.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
@@ -16,13 +17,14 @@ from flax import struct
 
 from dpo_jax.models import lora as low_rank
 from dpo_jax.models import rope
+from dpo_jax.models.asked import asked, take
 from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Scaling, rotary, rotate
 from dpo_jax.models.schedule import schedule
 from dpo_jax.models.walk import SAVED
 from dpo_jax.parallel import constrain
-from dpo_jax.structs import BadInput, Model, Params
+from dpo_jax.structs import BadInput, Model, Params, chosen
 
 __all__ = ["Cache", "Config", "Scaling", "decoder", "rms_norm", "rotary", "rotate"]
 
@@ -34,7 +36,7 @@ REMAT = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-UNROLLED = 4  # layers; a loop this short costs more than its compilation saves
+UNROLLED = 8  # layers; a loop this short costs more than its compilation saves
 FAR = 2**30  # the window of a layer without one, where others have one
 
 T_ = TypeVar("T_")
@@ -106,18 +108,19 @@ class Config:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of S places, those of a head together, as products read them; `index` is the
-    first free place."""
+    """Keys and values of S places, those of a head together, as products read them: an array for
+    each layer where layers run one after another, one for all, with L in front, where they run in a
+    loop. `index` is the first free place."""
 
-    k_LRJSE: jax.Array
-    v_LRJSE: jax.Array
+    k_RJSE: tuple[jax.Array, ...]
+    v_RJSE: tuple[jax.Array, ...]
     until_RS: jax.Array
     position_RS: jax.Array
     index: jax.Array
 
 
 class Decoder(nn.Module):
-    """Embedding, the scanned layers, final norm."""
+    """Embedding, the layers, final norm."""
 
     config: Config
     dtype: Any
@@ -136,40 +139,73 @@ class Decoder(nn.Module):
             self.position_PD = self.param("position_PD", draw, (c.P, c.D), kind)
         if not c.tied:
             self.unembed_DV = self.param("unembed_DV", draw, (c.D, c.V), kind)
-        policy = REMAT[self.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         scanned: Any = nn.scan
         self.layers = scanned(
-            block,
+            Block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.L,
-            unroll=c.L if c.L <= UNROLLED else 1,
         )(c, self.dtype, self.lora)
 
-    def __call__(self, tokens_RT, positions_RT, until_RT, cache=None):
+    def __call__(self, tokens_RT, positions_RT, until_RT, cache=None, at_RN=None):
         turns = [self.turn(kind, positions_RT) for kind in self.config.kinds]
         x_RTD = self.embed(tokens_RT, positions_RT)
-        shared = None
-        if cache is None or isinstance(cache, int):
-            plan = schedule(until_RT)
-            shared = Shared(turns, until_RT, positions_RT, positions_RT, 0, plan)
+        shared = Shared(turns, until_RT, positions_RT, positions_RT, 0, None)
+        if cache is None or isinstance(cache, int):  # these places are all that they see
+            shared = shared._replace(plan=schedule(until_RT))
         if cache is None:
-            (x_RTD, _), _ = self.layers((x_RTD, None), self.each_layer(), shared)
-            return self.final_norm(x_RTD), None
+            return self.through(x_RTD, None, shared, at_RN)[0], None
         if isinstance(cache, int):
             cache = self.empty_cache(tokens_RT.shape[0], cache)
         until_RS, position_RS = (
             jax.lax.dynamic_update_slice_in_dim(all_RS, new_RT, cache.index, axis=1)
             for all_RS, new_RT in ((cache.until_RS, until_RT), (cache.position_RS, positions_RT))
         )
-        if shared is None:
+        if shared.plan is None:
             shared = Shared(turns, until_RS, positions_RT, position_RS, cache.index, None)
-        carry = (x_RTD, (cache.k_LRJSE, cache.v_LRJSE))
-        (x_RTD, (k_LRJSE, v_LRJSE)), _ = self.layers(carry, self.each_layer(), shared)
+        parts = list(zip(cache.k_RJSE, cache.v_RJSE, strict=True))
+        hidden, parts = self.through(x_RTD, parts, shared, at_RN)
+        k_RJSE, v_RJSE = zip(*parts, strict=True)
         index = cache.index + tokens_RT.shape[1]
-        return self.final_norm(x_RTD), Cache(k_LRJSE, v_LRJSE, until_RS, position_RS, index)
+        return hidden, Cache(k_RJSE, v_RJSE, until_RS, position_RS, index)
+
+    @property
+    def looped(self) -> bool:
+        """Whether the layers run under one scan, as many do. XLA undoes rematerialisation outside
+        of a loop."""
+        return self.config.L > UNROLLED or REMAT[self.remat] is not None
+
+    def through(self, x_RTD, parts, shared: Shared, at_RN: jax.Array | None):
+        """All layers and the final norm: (hidden_RTD or hidden_RND, the parts of the cache)."""
+        L, each_layer = self.config.L, self.each_layer()
+        if self.is_initializing():  # the scan draws the parameters of every layer
+            return self.layers((x_RTD, None), each_layer, shared)[0]
+        these, index_RN = (None, None) if at_RN is None else asked(at_RN, x_RTD.shape[1])
+        leaves = {kind: tree["layers"] for kind, tree in self.variables.items()}
+        parts, run = parts or [None] * (1 if self.looped else L), self.layer()
+        if self.looped:
+            carry, each = (x_RTD, parts[0]), (leaves, each_layer)
+            (x_RTD, parts[0]), _ = jax.lax.scan(partial(run, shared), carry, each)
+            x_RTD = take(x_RTD, these)
+        else:
+            ones = {kind: one_by_one(tree, L) for kind, tree in leaves.items()}
+            for layer, which in enumerate(one_by_one(each_layer, L)):
+                own = shared._replace(asked=these) if layer == L - 1 else shared
+                one = {kind: ones[kind][layer] for kind in ones}, which
+                (x_RTD, parts[layer]), _ = run(own, (x_RTD, parts[layer]), one)
+        x_RTD = self.final_norm(x_RTD)
+        return (x_RTD if index_RN is None else chosen(x_RTD, index_RN)), parts
+
+    def layer(self) -> Callable[..., Any]:
+        """A layer as a function: (shared, carry, (parameters, Layer)) -> (carry, None)."""
+        block = Block(self.config, self.dtype, self.lora, parent=None)
+
+        def layer(shared, carry, each):
+            return block.apply(each[0], carry, each[1], shared)
+
+        policy = REMAT[self.remat]
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False) if policy else layer
 
     def turn(self, kind: str, positions_RT: jax.Array) -> rope.Turn:
         c = self.config
@@ -184,7 +220,7 @@ class Decoder(nn.Module):
         ropes = [c.kinds.index(kind) for kind in c.of_layers(c.ropes)] if c.kinds else []
         windows = [window or FAR for window in c.of_layers(c.windows)]
         return Layer(
-            jnp.arange(c.L),
+            jnp.arange(c.L) if self.looped else None,
             jnp.array(windows, jnp.int32) if min(windows) < FAR else None,
             jnp.array(ropes, jnp.int32) if len(c.kinds) > 1 else None,
         )
@@ -210,9 +246,10 @@ class Decoder(nn.Module):
 
     def empty_cache(self, rows: int, places: int) -> Cache:
         c = self.config
-        k_LRJSE = jnp.zeros((c.L, rows, c.J, places, c.E), self.dtype)
+        one = jnp.zeros((rows, c.J, places, c.E), self.dtype)
+        k_RJSE = (jnp.zeros((c.L, *one.shape), self.dtype),) if self.looped else (one,) * c.L
         none_RS = jnp.zeros((rows, places), jnp.int32)
-        return Cache(k_LRJSE, k_LRJSE, none_RS, none_RS, jnp.int32(0))
+        return Cache(k_RJSE, k_RJSE, none_RS, none_RS, jnp.int32(0))
 
     def unembed(self, hidden):
         wide = stored(self.dtype)
@@ -223,6 +260,17 @@ class Decoder(nn.Module):
             table_DV = self.unembed_DV.astype(self.dtype)
             logits = jnp.einsum("...d,dv->...v", hidden, table_DV, preferred_element_type=wide)
         return capped(logits, self.config.logit_cap)
+
+
+def one_by_one(layers: Any, L: int) -> Sequence[Any]:
+    """The layers of a tree whose leaves lead with L; of layers that lie apart, what they are."""
+    if type(layers) is tuple:
+        return layers
+    leaves, tree = jax.tree.flatten(layers)
+    if not leaves:  # nothing that is said of one layer
+        return (layers,) * L
+    ones = zip(*(jax.lax.split(leaf, [1] * L) for leaf in leaves), strict=True)
+    return tuple(tree.unflatten([x.squeeze(0) for x in one]) for one in ones)
 
 
 def check(c: Config) -> None:
@@ -265,7 +313,9 @@ def decoder(
     lora: what the adapters are; parameters are then {"base": the plain dict, "lora": adapters}, or
     {"base"} alone, which is the model without them.
     `hidden(params, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RTD, cache)`; an
-    integer cache opens one of that many places, a returned cache continues it.
+    integer cache opens one of that many places, a returned cache continues it. `hidden_at` of the
+    Model asks for some places, and the last of up to 8 layers is computed for these alone, where
+    nothing is recomputed.
     Raises: BadInput for heads that do not divide, an odd head width, unknown dtype or remat, an
     adapter to a matrix that is not there, and adapters where `lora` does not say what they are.
     """
@@ -284,11 +334,23 @@ def decoder(
     def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
         return module.apply(_collections(params, lora), tokens_RT, positions_RT, until_RT, cache)
 
+    def asked_for(params, at_RN, *places):
+        return module.apply(_collections(params, lora), *places, at_RN=at_RN)
+
+    def apart(params):
+        if module.looped or not isinstance(params, Mapping):
+            return params
+        trees = {name: apart(tree) for name, tree in params.items() if name != "layers"}
+        if "layers" in params:
+            trees["layers"] = one_by_one(params["layers"], config.L)
+        return trees
+
     def unembed(params, hidden) -> Any:
         return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
 
     init = _drawn(config, dtype, lora)
-    return Model(init, hidden, unembed, config.P if config.positions == "learned" else None)
+    positions = config.P if config.positions == "learned" else None
+    return Model(init, hidden, unembed, positions, asked_for, apart)
 
 
 @lru_cache(maxsize=16)  # the same function for the same architecture, so that jax traces it once
