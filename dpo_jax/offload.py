@@ -72,7 +72,7 @@ def reference(run: Run) -> str:
     return "live" if auto else run.reference
 
 
-def by_weight(
+def applied(
     step: Callable[[Any], tuple[Params, Any]], good: Array, params: Params, opt_state: Any
 ) -> tuple[Params, Any]:
     """step(opt_state) -> (params, opt_state) where `good`, else both as they were: in a program.

@@ -68,7 +68,7 @@ def make_update(
             updates, opt_state = tx.update(grads, opt_state, state.params)
             return optax.apply_updates(state.params, updates), opt_state
 
-        params, opt_state = offload.by_weight(moved, finite, state.params, state.opt_state)
+        params, opt_state = offload.applied(moved, finite, state.params, state.opt_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         changed = {"params": params, "opt_state": opt_state, "memory": memory}
         state = replace(state, step=state.step + 1, skipped=skipped, **changed)

@@ -83,6 +83,16 @@ def test_what_the_environment_tunes_stays(tmp_path):
     assert len(starts.read_text().split()) == 1
 
 
+def test_the_command_says_the_same_with_and_without():
+    plain = {name: value for name, value in os.environ.items() if name != heap.TUNABLES}
+    told = []
+    for environment in (plain, plain | {heap.TUNABLES: ""}):
+        command = [sys.executable, "-m", "dpo_jax", "--help"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        told.append((run.returncode, run.stdout, run.stderr))
+    assert told[0] == told[1] and told[0][0] == 0 and "dpo-jax" in told[0][1]
+
+
 def test_memory_is_kept_and_asks_for_huge_pages():
     mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not mode.exists() or "[madvise]" not in mode.read_text():

@@ -119,7 +119,7 @@ def test_a_weight_at_a_time_is_all_at_once(good):
 
     @jax.jit
     def stepped(state: Any) -> Any:
-        return offload.by_weight(moved, np.array(good), one, state)
+        return offload.applied(moved, np.array(good), one, state)
 
     away = jax.device_put(state, parallel.shardings(mesh, state, ("mu",)))
     params, state_after = stepped(away)
