@@ -26,7 +26,7 @@ from dpo_jax.parallel import over_rows, parts_of, pinned, shards
 from dpo_jax.structs import Array, Params, precise
 
 LOGITS_AT_ONCE = 2**24  # elements of the logits that a device holds at a time
-LEAST = 256  # tokens of a chunk that is one of several, where their logits have room
+LEAST = 512  # tokens of a chunk that is one of several, where their logits have room
 
 
 class Statistics(NamedTuple):

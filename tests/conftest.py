@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ def compilation_cache() -> Path:
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Level 0 halves the time spent compiling and the older emitters take a third off what is left;
-# results agree to float32 rounding. XLA aborts on a flag it does not know, so only where tried.
+# results agree to float32 rounding. XLA aborts on a flag it does not know, and libtpu has an XLA of
+# its own: the second only where it was tried.
+OLDER = version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+        *(["--xla_cpu_use_fusion_emitters=false"] if OLDER else []),
     ]
 ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
