@@ -120,7 +120,7 @@ class Model(NamedTuple):
     """A decoder as three pure functions; `params` is join(trained, frozen).
 
     places: how many positions it has, as a learned table of them does; None = any number.
-    asked: `hidden_at` without the work for places that nobody reads; None = all are computed.
+    hidden_only: `hidden_at` without the work for other places; None = all are computed.
     apart: the params with every layer by itself, for a loop that reads them at each turn: slices of
     what lies together would be copied as often. They compute the same.
     """
@@ -131,18 +131,18 @@ class Model(NamedTuple):
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, hidden_...D) -> logits_...V
     places: int | None = None
     # (params, at_RN, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RND, cache)
-    asked: Callable[..., tuple[jax.Array, Any]] | None = None
+    hidden_only: Callable[..., tuple[jax.Array, Any]] | None = None
     apart: Callable[[Params], Params] = lambda params: params
 
     def hidden_at(self, params: Params, at_RN: Array, *places: Any) -> tuple[jax.Array, Any]:
         """(hidden_RND, cache): the hidden states at at_RN of each row; places as for `hidden`."""
-        if self.asked is not None:
-            return self.asked(params, at_RN, *places)
+        if self.hidden_only is not None:
+            return self.hidden_only(params, at_RN, *places)
         hidden_RTD, cache = self.hidden(params, *places)
-        return chosen(hidden_RTD, at_RN), cache
+        return at_places(hidden_RTD, at_RN), cache
 
 
-def chosen(x_RT: jax.Array, at_RN: Array) -> jax.Array:
+def at_places(x_RT: jax.Array, at_RN: Array) -> jax.Array:
     """What stands at those places of each row, x_RN...; x may have more axes."""
     return jax.vmap(lambda x_T, at_N: x_T[at_N])(x_RT, at_RN)
 

@@ -10,10 +10,10 @@ from tiny import CONFIG, groups, relative_error
 
 from dpo_jax.data.packing import pack
 from dpo_jax.models import transformer
-from dpo_jax.models.asked import asked, spread, take
+from dpo_jax.models.asked import distinct, spread, take
 from dpo_jax.models.transformer import decoder
 from dpo_jax.plan.products import products
-from dpo_jax.structs import chosen
+from dpo_jax.structs import at_places
 
 SMALL = replace(CONFIG, L=2)
 KINDS = {
@@ -30,21 +30,21 @@ ROWS = (BATCH.tokens_RT, BATCH.positions_RT, BATCH.until_RT)
 
 def test_the_distinct_places_come_first():
     at_RN = jnp.array([[5, 2, 5, 0, 0], [3, 4, 1, 2, 0]])
-    these, index_RN = asked(at_RN, 6)
+    these, index_RN = distinct(at_RN, 6)
     assert these.place_Rn.shape == (2, 5)
     np.testing.assert_array_equal(these.place_Rn[0, :3], [0, 2, 5])
     np.testing.assert_array_equal(these.place_Rn[1], [0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(chosen(these.place_Rn, index_RN), at_RN)
+    np.testing.assert_array_equal(at_places(these.place_Rn, index_RN), at_RN)
 
 
 def test_more_questions_than_places():
-    these, index_RN = asked(jnp.array([[1, 1, 0, 1, 2, 2]]), 3)
+    these, index_RN = distinct(jnp.array([[1, 1, 0, 1, 2, 2]]), 3)
     np.testing.assert_array_equal(these.place_Rn, [[0, 1, 2]])
     np.testing.assert_array_equal(index_RN, [[1, 1, 0, 1, 2, 2]])
 
 
 def test_take_and_spread_are_each_others_transpose():
-    these, _ = asked(jnp.array([[5, 2, 5, 1], [3, 4, 1, 2]]), 6)
+    these, _ = distinct(jnp.array([[5, 2, 5, 1], [3, 4, 1, 2]]), 6)
     x_RTD, y_RnD = (jax.random.normal(jax.random.key(i), (2, n, 3)) for i, n in enumerate((6, 4)))
     np.testing.assert_allclose(
         jnp.sum(take(x_RTD, these) * y_RnD), jnp.sum(x_RTD * spread(y_RnD, these)), rtol=1e-6
@@ -74,7 +74,7 @@ def test_what_is_asked_for_is_what_all_places_give(kind, remat, unrolled, monkey
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
-    assert relative_error(values(model), values(model._replace(asked=None))) < 2e-6
+    assert relative_error(values(model), values(model._replace(hidden_only=None))) < 2e-6
 
 
 def test_an_opened_cache_holds_the_keys_of_every_place():
@@ -100,4 +100,4 @@ def test_the_last_layer_multiplies_for_these_places_alone():
 
     R, T = BATCH.tokens_RT.shape
     saved = 2 * R * (T - n) * (2 * c.D * c.H * c.E + 3 * c.D * c.F)
-    assert flops(model._replace(asked=None)) - flops(model) == saved
+    assert flops(model._replace(hidden_only=None)) - flops(model) == saved

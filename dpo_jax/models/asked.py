@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.structs import chosen
+from dpo_jax.structs import at_places
 
 
 class Asked(NamedTuple):
@@ -19,13 +19,13 @@ class Asked(NamedTuple):
     rank_RT: jax.Array  # n and more: left out
 
 
-def asked(at_RN: jax.Array, T: int) -> tuple[Asked, jax.Array]:
+def distinct(at_RN: jax.Array, T: int) -> tuple[Asked, jax.Array]:
     """The distinct places of at_RN in rows of T, and index_RN: at_RN = place_Rn[index_RN]."""
     N = at_RN.shape[1]
     wanted_RT = jax.vmap(lambda at_N: jnp.zeros(T, bool).at[at_N].set(True))(at_RN)
     order_RT = jnp.argsort(~wanted_RT, axis=1, stable=True)
     rank_RT = jnp.argsort(order_RT, axis=1)
-    return Asked(order_RT[:, : min(N, T)], rank_RT), chosen(rank_RT, at_RN)
+    return Asked(order_RT[:, : min(N, T)], rank_RT), at_places(rank_RT, at_RN)
 
 
 def take(x_RT: jax.Array, these: Asked | None) -> jax.Array:
@@ -40,13 +40,13 @@ def spread(x_Rn: jax.Array, these: Asked | None) -> jax.Array:
 
 @jax.custom_vjp
 def _taken(x_RT: jax.Array, these: Asked) -> jax.Array:
-    return chosen(x_RT, these.place_Rn)
+    return at_places(x_RT, these.place_Rn)
 
 
 @jax.custom_vjp
 def _spread(x_Rn: jax.Array, these: Asked) -> jax.Array:
     n = these.place_Rn.shape[1]
-    x_RT = chosen(x_Rn, jnp.minimum(these.rank_RT, n - 1))
+    x_RT = at_places(x_Rn, jnp.minimum(these.rank_RT, n - 1))
     there_RT = (these.rank_RT < n).reshape(*these.rank_RT.shape, *[1] * (x_Rn.ndim - 2))
     return jnp.where(there_RT, x_RT, 0)
 

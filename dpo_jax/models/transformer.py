@@ -5,7 +5,7 @@ L; where layers differ (windows, rotary bases) the difference is an array along 
 layers run one after another, many under one scan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -17,14 +17,14 @@ from flax import struct
 
 from dpo_jax.models import lora as low_rank
 from dpo_jax.models import rope
-from dpo_jax.models.asked import asked, take
+from dpo_jax.models.asked import distinct, take
 from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Scaling, rotary, rotate
 from dpo_jax.models.schedule import schedule
 from dpo_jax.models.walk import SAVED
 from dpo_jax.parallel import constrain
-from dpo_jax.structs import BadInput, Model, Params, chosen
+from dpo_jax.structs import BadInput, Model, Params, at_places
 
 __all__ = ["Cache", "Config", "Scaling", "decoder", "rms_norm", "rotary", "rotate"]
 
@@ -172,8 +172,8 @@ class Decoder(nn.Module):
 
     @property
     def looped(self) -> bool:
-        """Whether the layers run under one scan, as many do. XLA undoes rematerialisation outside
-        of a loop."""
+        """Whether the layers run under one scan, as many do. On a CPU, XLA undoes rematerialisation
+        outside of a loop."""
         return self.config.L > UNROLLED or REMAT[self.remat] is not None
 
     def through(self, x_RTD, parts, shared: Shared, at_RN: jax.Array | None):
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         L, each_layer = self.config.L, self.each_layer()
         if self.is_initializing():  # the scan draws the parameters of every layer
             return self.layers((x_RTD, None), each_layer, shared)[0]
-        these, index_RN = (None, None) if at_RN is None else asked(at_RN, x_RTD.shape[1])
+        these, index_RN = (None, None) if at_RN is None else distinct(at_RN, x_RTD.shape[1])
         leaves = {kind: tree["layers"] for kind, tree in self.variables.items()}
         parts, run = parts or [None] * (1 if self.looped else L), self.layer()
         if self.looped:
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
                 one = {kind: ones[kind][layer] for kind in ones}, which
                 (x_RTD, parts[layer]), _ = run(own, (x_RTD, parts[layer]), one)
         x_RTD = self.final_norm(x_RTD)
-        return (x_RTD if index_RN is None else chosen(x_RTD, index_RN)), parts
+        return (x_RTD if index_RN is None else at_places(x_RTD, index_RN)), parts
 
     def layer(self) -> Callable[..., Any]:
         """A layer as a function: (shared, carry, (parameters, Layer)) -> (carry, None)."""
@@ -334,23 +334,23 @@ def decoder(
     def hidden(params, tokens_RT, positions_RT, until_RT, cache=None):
         return module.apply(_collections(params, lora), tokens_RT, positions_RT, until_RT, cache)
 
-    def asked_for(params, at_RN, *places):
+    def hidden_only(params, at_RN, *places):
         return module.apply(_collections(params, lora), *places, at_RN=at_RN)
 
     def apart(params):
-        if module.looped or not isinstance(params, Mapping):
+        if module.looped:
             return params
-        trees = {name: apart(tree) for name, tree in params.items() if name != "layers"}
+        parted = {name: apart(params[name]) for name in ("base", "lora") if name in params}
         if "layers" in params:
-            trees["layers"] = one_by_one(params["layers"], config.L)
-        return trees
+            parted["layers"] = one_by_one(params["layers"], config.L)
+        return {**params, **parted}
 
     def unembed(params, hidden) -> Any:
         return module.apply(_collections(params, lora), hidden, method=Decoder.unembed)
 
     init = _drawn(config, dtype, lora)
     positions = config.P if config.positions == "learned" else None
-    return Model(init, hidden, unembed, positions, asked_for, apart)
+    return Model(init, hidden, unembed, positions, hidden_only, apart)
 
 
 @lru_cache(maxsize=16)  # the same function for the same architecture, so that jax traces it once
