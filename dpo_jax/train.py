@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dpo_jax import build, metrics, offload, optim, parts, rundir
+from dpo_jax import build, heap, metrics, offload, optim, parts, rundir
 from dpo_jax.data.packing import pack
 from dpo_jax.experiment import Experiment
 from dpo_jax.feed import Feed
@@ -119,6 +119,7 @@ def loop(members: Sequence[Member], stepper: Callable[..., Any]) -> None:
     stepper: (members, states, step reached) -> Stepper. Their options of `run` differ in the seed
     at most. Raises SystemExit after SIGTERM or SIGINT, with checkpoints saved.
     """
+    heap.relieved()
     first, options = members[0], members[0].experiment.run
     attends = attention.in_use(options.dtype)
     states, start = _restored(members)

@@ -67,6 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; jax runs on the CPU"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def relief() -> None:
+    """A process that runs hundreds of tests would run out of regions of memory."""
+    from dpo_jax import heap
+
+    heap.relieved()
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder that holds pyproject.toml."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dpo_jax import heap
@@ -103,3 +105,27 @@ def test_memory_is_kept_and_asks_for_huge_pages():
     (first, second), asked = said(FAULTS, "tuned")
     assert second < 100, "what was freed came back without a fault"
     assert asked
+
+
+def test_programs_are_let_go_before_their_regions_run_out(tmp_path, monkeypatch):
+    def regions() -> int:
+        return len(heap.REGIONS.read_text().splitlines())
+
+    def compiled(count: int):
+        scaled = jax.jit(lambda x, times: x * times, static_argnums=1)
+        for times in range(count):
+            assert scaled(jnp.float32(3), times) == 3 * times
+        return scaled
+
+    before, granted = regions(), tmp_path / "granted"
+    monkeypatch.setattr(heap, "GRANTED", granted)
+    scaled = compiled(40)
+    full = regions()
+    assert full > before + 40, "a program has more than one"
+    granted.write_text(f"{5 * full}\n")
+    assert not heap.relieved() and scaled._cache_size() == 40
+    granted.write_text(f"{3 * full}\n")
+    assert heap.relieved() and scaled._cache_size() == 0
+    assert regions() < full - 40 and scaled(jnp.float32(3), 7) == 21
+    monkeypatch.setattr(heap, "REGIONS", tmp_path / "of another system")
+    assert not heap.relieved()
