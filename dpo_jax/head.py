@@ -25,8 +25,8 @@ from jax.custom_derivatives import SymbolicZero
 from dpo_jax.parallel import over_rows, parts_of, pinned, shards
 from dpo_jax.structs import Array, Params, precise
 
-LOGITS_AT_ONCE = 2**24  # elements of the logits that a device holds at a time
-LEAST = 512  # tokens of a chunk that is one of several, where their logits have room
+LOGITS_AT_ONCE = 2**25  # elements of the logits that a device holds at a time
+LEAST = 1024  # tokens of a chunk that is one of several, where their logits have room
 
 
 class Statistics(NamedTuple):
