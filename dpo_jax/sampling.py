@@ -13,6 +13,7 @@ from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
 ALL = 2**31 - 1  # ids
+FEW = 64  # ids that are drawn among at once
 
 
 class Samples(NamedTuple):
@@ -150,8 +151,8 @@ def _compiled(
             kept_RV = jnp.where(id_V[None, :] < vocabulary, logits_RV, -jnp.inf)
             kept_RV = keep_top_k(kept_RV, top_k) if by_k else kept_RV
             kept_RV = keep_top_p(kept_RV, top_p) if by_p else kept_RV
-            draws = jax.vmap(jax.random.fold_in, (0, None))(keys_R, t)
-            token_R = likeliest(kept_RV if greedy else kept_RV + gumbel(draws, kept_RV))
+            keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys_R, t)
+            token_R = likeliest(kept_RV) if greedy else drawn(keys_now, kept_RV)
             token_R = jnp.where(ended_R, eos, token_R).astype(jnp.int32)
             logp_R = jnp.take_along_axis(jax.nn.log_softmax(logits_RV), token_R[:, None], axis=-1)[
                 :, 0
@@ -190,10 +191,30 @@ def repeat_rows(cache, n: int):
     return jax.tree_util.tree_map_with_path(repeat, cache)
 
 
-def gumbel(keys_R: jax.Array, like_RV: jax.Array) -> jax.Array:
-    """Numbers whose sum with logits is largest where a draw from their softmax falls, as in
-    `jax.random.categorical`, each row by its own key."""
-    return jax.vmap(lambda key, x_V: jax.random.gumbel(key, x_V.shape, x_V.dtype))(keys_R, like_RV)
+def drawn(keys_R: jax.Array, logits_RV: jax.Array) -> jax.Array:
+    """An id of every row, from the softmax of its logits by its own key.
+
+    The place of the largest sum of a logit and Gumbel noise (Maddison et al. 1411.0030, section 2),
+    in two where there are more than FEW ids: among X blocks of them, by the logsumexp of each, and
+    among the ids of that block. So a draw takes X + V/X random numbers and not V, and rounding of
+    the logits moves it only where two sums nearly tie. -inf is never drawn where there is anything
+    else.
+    """
+    R, V = logits_RV.shape
+    if V <= FEW:
+        return _largest(keys_R, logits_RV)
+    size = 1 << (V.bit_length() // 2)
+    filled_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % size)), constant_values=-jnp.inf)
+    logits_RXW = filled_RV.reshape(R, -1, size)
+    of_block_R, of_id_R = jnp.moveaxis(jax.vmap(jax.random.split)(keys_R), 1, 0)
+    block_R = _largest(of_block_R, jax.nn.logsumexp(logits_RXW, axis=-1))
+    logits_RW = jnp.take_along_axis(logits_RXW, block_R[:, None, None], axis=1)[:, 0]
+    return block_R * size + _largest(of_id_R, logits_RW)
+
+
+def _largest(keys_R: jax.Array, x_RN: jax.Array) -> jax.Array:
+    noise_RN = jax.vmap(lambda key, x_N: jax.random.gumbel(key, x_N.shape, x_N.dtype))(keys_R, x_RN)
+    return jnp.argmax(x_RN + noise_RN, axis=-1)
 
 
 def likeliest(x_RV: jax.Array) -> jax.Array:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from tiny import CONFIG, MODEL
 
+from dpo_jax import sampling
 from dpo_jax.data.packing import pack
 from dpo_jax.evaluate import completions
 from dpo_jax.logprobs import token_logps
 from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import Config, decoder
-from dpo_jax.sampling import gumbel, keep_top_k, keep_top_p, likeliest, sample
+from dpo_jax.sampling import keep_top_k, keep_top_p, sample
 from dpo_jax.structs import BadInput, Group
 from dpo_jax.worlds import sentiment
 
@@ -113,14 +114,52 @@ def test_log_probs_are_those_of_the_packed_samples(temperature):
             np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_draws_are_those_of_categorical():
-    """Ties go to the first, what is cut off is never drawn."""
+def by_blocks(key: jax.Array, logit_V: np.ndarray, size: int) -> int:
+    """A draw in two, block by block: the obvious way."""
+    of_block, of_id = jax.random.split(key)
+    blocks = [logit_V[start : start + size] for start in range(0, len(logit_V), size)]
+    mass = np.array([np.sum(np.exp(block)) for block in blocks])
+    noise = np.array(jax.random.gumbel(of_block, mass.shape))
+    best = int(np.argmax(noise + np.log(mass, where=mass > 0, out=np.full_like(mass, -np.inf))))
+    noise = np.array(jax.random.gumbel(of_id, (size,)))[: len(blocks[best])]
+    return size * best + int(np.argmax(blocks[best] + noise))
+
+
+@pytest.mark.parametrize(("V", "size"), [(65, 8), (128, 16), (300, 16)])
+def test_of_many_ids_a_block_is_drawn_and_one_of_the_block(V, size):
+    """With blocks of which nothing is left, and a last one that is not full."""
+    logit_RV = jax.random.normal(jax.random.key(1), (64, V)).at[:, V // 8 : V // 2].set(-jnp.inf)
+    keys_R = jax.random.split(jax.random.key(2), 64)
+    expected = [
+        by_blocks(key, np.asarray(row), size) for key, row in zip(keys_R, logit_RV, strict=True)
+    ]
+    np.testing.assert_array_equal(sampling.drawn(keys_R, logit_RV), expected)
+
+
+def test_of_few_ids_draws_are_those_of_categorical():
     logit_RV = jax.random.normal(jax.random.key(1), (64, 50)).at[:, 7:20].set(-jnp.inf)
     keys_R = jax.random.split(jax.random.key(2), 64)
     expected_R = jax.vmap(jax.random.categorical)(keys_R, logit_RV)
-    np.testing.assert_array_equal(likeliest(logit_RV + gumbel(keys_R, logit_RV)), expected_R)
+    np.testing.assert_array_equal(sampling.drawn(keys_R, logit_RV), expected_R)
+
+
+def test_draws_follow_the_softmax_and_rounding_moves_none():
+    logit_V = 2 * jax.random.normal(jax.random.key(3), (80,)).at[8:30].set(-jnp.inf)
+    count = 200_000
+    logit_RV = jnp.broadcast_to(logit_V, (count, 80))
+    keys_R = jax.random.split(jax.random.key(4), count)
+    found_R = np.asarray(sampling.drawn(keys_R, logit_RV))
+    expected_V = softmax(np.asarray(logit_V, np.float64))
+    error_V = np.sqrt(expected_V * (1 - expected_V) / count)
+    found_V = np.bincount(found_R, minlength=80) / count
+    assert (np.abs(found_V - expected_V) <= 4 * error_V).all()
+    noise_RV = 1e-6 * jax.random.normal(jax.random.key(5), logit_RV.shape)
+    assert np.mean(found_R != sampling.drawn(keys_R, logit_RV + noise_RV)) < 1e-4
+
+
+def test_of_the_likeliest_the_first_is_taken():
     tied_RV = jnp.array([[0.0, 2.0, 2.0], [-jnp.inf, -1.0, -1.0]])
-    np.testing.assert_array_equal(likeliest(tied_RV), [1, 1])
+    np.testing.assert_array_equal(sampling.likeliest(tied_RV), [1, 1])
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)])
