@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import CONFIG, MODEL
 
 from dpo_jax import sampling
@@ -15,6 +16,7 @@ from dpo_jax.logprobs import token_logps
 from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import Config, decoder
+from dpo_jax.parallel import make_mesh
 from dpo_jax.sampling import keep_top_k, keep_top_p, sample
 from dpo_jax.structs import BadInput, Group
 from dpo_jax.worlds import sentiment
@@ -134,6 +136,19 @@ def test_of_many_ids_a_block_is_drawn_and_one_of_the_block(V, size):
         by_blocks(key, np.asarray(row), size) for key, row in zip(keys_R, logit_RV, strict=True)
     ]
     np.testing.assert_array_equal(sampling.drawn(keys_R, logit_RV), expected)
+
+
+@pytest.mark.parametrize("V", [256, 300])
+def test_a_mesh_changes_no_draw(V):
+    """Though blocks of ids are parted over its devices, and 19 of them do not divide."""
+    mesh = make_mesh(2, 1, 4)
+    logit_RV = jax.random.normal(jax.random.key(1), (64, V))
+    keys_R = jax.random.split(jax.random.key(2), 64)
+    expected_R = sampling.drawn(keys_R, logit_RV)
+    parted = NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    with jax.set_mesh(mesh):
+        found_R = jax.jit(sampling.drawn)(keys_R, jax.device_put(logit_RV, parted))
+    np.testing.assert_array_equal(found_R, expected_R)
 
 
 def test_of_few_ids_draws_are_those_of_categorical():
