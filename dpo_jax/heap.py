@@ -7,9 +7,9 @@ from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"  # read by glibc when a process starts, and never again
 KEPT = 2**40  # bytes: all that is freed; beyond a threshold it would go back to the system
-REGIONS = Path("/proc/self/maps")  # a line each
-GRANTED = Path("/proc/sys/vm/max_map_count")
 WANTED = {"hugetlb": 1, "mmap_threshold": KEPT, "trim_threshold": KEPT}
+REGIONS = Path("/proc/self/maps")  # of this process, a line each
+GRANTED = Path("/proc/sys/vm/max_map_count")  # how many a process may have
 
 
 def tuned() -> None:
@@ -30,8 +30,9 @@ def relieved() -> bool:
     """Let go of every compiled program where this process has a quarter of the regions of memory
     that Linux grants it; whether that was so. What is called again is compiled again.
 
-    JAX keeps the programs of a run that is over: some 500 regions of 65,530. At the last one the
-    process dies of a segmentation fault, in the middle of a long sweep.
+    JAX keeps the programs of a run that is over, some 500 regions of 65,530 for a small one. With
+    none left XLA dies of a segmentation fault, in the middle of a long sweep. Three quarters are
+    room for what is compiled until the next look.
     """
     if not (REGIONS.exists() and GRANTED.exists()):
         return False

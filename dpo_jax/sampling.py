@@ -13,7 +13,7 @@ from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
 ALL = 2**31 - 1  # ids
-FEW = 64  # ids that are drawn among at once
+FEW = 64  # ids: among no more, one is drawn at once, not a block of them before
 
 
 class Samples(NamedTuple):
@@ -194,27 +194,27 @@ def repeat_rows(cache, n: int):
 def drawn(keys_R: jax.Array, logits_RV: jax.Array) -> jax.Array:
     """An id of every row, from the softmax of its logits by its own key.
 
-    The place of the largest sum of a logit and Gumbel noise (Maddison et al. 1411.0030, section 2),
-    in two where there are more than FEW ids: among X blocks of them, by the logsumexp of each, and
-    among the ids of that block. So a draw takes X + V/X random numbers and not V, and rounding of
-    the logits moves it only where two sums nearly tie. -inf is never drawn where there is anything
-    else.
+    The place of the largest sum of a logit and Gumbel noise (Maddison et al. 1411.0030). The
+    largest sum of a block is Gumbel noise around the logsumexp of its logits, so that of more than
+    FEW ids one of X blocks is drawn first, then one of its ids: X + V/X random numbers, not V.
+    Rounding of the logits moves a draw only where two sums nearly tie. -inf is never drawn where
+    there is anything else.
     """
     R, V = logits_RV.shape
     if V <= FEW:
-        return _largest(keys_R, logits_RV)
+        return _noisy_argmax(keys_R, logits_RV)
     size = 1 << (V.bit_length() // 2)
     filled_RV = jnp.pad(logits_RV, ((0, 0), (0, -V % size)), constant_values=-jnp.inf)
     logits_RXW = filled_RV.reshape(R, -1, size)
     of_block_R, of_id_R = jnp.moveaxis(jax.vmap(jax.random.split)(keys_R), 1, 0)
-    block_R = _largest(of_block_R, jax.nn.logsumexp(logits_RXW, axis=-1))
+    block_R = _noisy_argmax(of_block_R, jax.nn.logsumexp(logits_RXW, axis=-1))
     logits_RW = jnp.take_along_axis(logits_RXW, block_R[:, None, None], axis=1)[:, 0]
-    return block_R * size + _largest(of_id_R, logits_RW)
+    return block_R * size + _noisy_argmax(of_id_R, logits_RW)
 
 
-def _largest(keys_R: jax.Array, x_RN: jax.Array) -> jax.Array:
+def _noisy_argmax(keys_R: jax.Array, x_RN: jax.Array) -> jax.Array:
     noise_RN = jax.vmap(lambda key, x_N: jax.random.gumbel(key, x_N.shape, x_N.dtype))(keys_R, x_RN)
-    return jnp.argmax(x_RN + noise_RN, axis=-1)
+    return likeliest(x_RN + noise_RN)
 
 
 def likeliest(x_RV: jax.Array) -> jax.Array:

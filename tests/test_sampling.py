@@ -158,7 +158,7 @@ def test_of_few_ids_draws_are_those_of_categorical():
     np.testing.assert_array_equal(sampling.drawn(keys_R, logit_RV), expected_R)
 
 
-def test_draws_follow_the_softmax_and_rounding_moves_none():
+def test_draws_follow_the_softmax_and_rounding_moves_few():
     logit_V = 2 * jax.random.normal(jax.random.key(3), (80,)).at[8:30].set(-jnp.inf)
     count = 200_000
     logit_RV = jnp.broadcast_to(logit_V, (count, 80))
