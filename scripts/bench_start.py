@@ -68,6 +68,9 @@ EXPERIMENT = Experiment(
 
 def marked(marks: str, argv: list[str]) -> None:
     """`dpo-jax ARGV`, which notes in a file when a phase ends and what jax says it compiled."""
+    from dpo_jax import heap
+
+    heap.tuned()
     with open(marks, "w", buffering=1) as file:
 
         def mark(name: str, **more: float) -> None:
@@ -87,8 +90,9 @@ def marked(marks: str, argv: list[str]) -> None:
         mark("interpreter")
         import jax
 
-        from dpo_jax import build, cli, train
+        from dpo_jax import build, cli, parallel, train
 
+        parallel.part_cpu()
         mark("imports")
         jax.monitoring.register_event_duration_secs_listener(
             lambda event, duration_secs, **kwargs: mark(event, seconds=duration_secs)
