@@ -1,17 +1,19 @@
 """Sampling with a key/value cache: prompts are read once, samples grow by one token a step."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.parallel import letters, on_host
+from dpo_jax.data.prompt_rows import PromptRows, one_each, several
+from dpo_jax.parallel import letters, on_host, over_rows, row_multiple
 from dpo_jax.structs import BadInput, Model, Params, precise
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few shapes compile
+PACKED = 128  # tokens of the longest prompt from which on several are read in a row
 ALL = 2**31 - 1  # ids
 FEW = 64  # ids: among no more, one is drawn at once, not a block of them before
 
@@ -61,26 +63,26 @@ def sample(
     numbers = np.arange(len(prompts)) if records is None else np.asarray(records)
     # of a few prompts no more rows than they fill, of many always the same number
     per_call = max(1, min(rows // n, 1 << (len(prompts) - 1).bit_length()))
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else row_multiple(mesh)
+    per_call = -(-per_call // parts) * parts
     starts = np.zeros(len(prompts), int) if first is None else np.asarray(first)
     longest = max(width, *(len(prompt) for prompt in prompts))
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-    run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1)
+    packed = model.dealt is not None and width >= PACKED
+    place = partial(several, parts=parts) if packed else one_each
+    run = _compiled(model, n, max_tokens, eos, temperature == 0, top_k > 0, top_p < 1, packed)
+    cuts = (ALL if vocabulary is None else vocabulary, temperature, top_k, top_p)
     tokens, logps = [], []
     for start in range(0, len(prompts), per_call):
-        here = slice(start, start + per_call)
-        part = prompts[here]
-        tokens_BP = np.zeros((per_call, width), np.int32)
-        length_B = np.zeros(per_call, np.int32)  # 0: no prompt, nothing to wait for
-        for row, prompt in enumerate(part):
-            tokens_BP[row, : len(prompt)] = prompt
-            length_B[row] = len(prompt)
-        record_B, first_B = np.zeros(per_call, np.int32), np.zeros(per_call, np.int32)
-        record_B[: len(part)], first_B[: len(part)] = numbers[here], starts[here]
-        cuts = (ALL if vocabulary is None else vocabulary, temperature, top_k, top_p)
-        drawn = run(params, tokens_BP, length_B, record_B, first_B, key, *cuts)
-        drawn_BKM, logp_BKM = on_host(drawn)
-        tokens.append(drawn_BKM[: len(part)])
-        logps.append(logp_BKM[: len(part)])
+        part = prompts[start : start + per_call]
+        laid = place(part, count=per_call, width=width)
+        own_B = np.where(laid.place_B < 0, 0, start + laid.place_B)
+        record_B, first_B = (x[own_B].astype(np.int32) for x in (numbers, starts))
+        drawn = on_host(run(params, laid, width, record_B, first_B, key, *cuts))
+        in_order = np.argsort(laid.place_B, kind="stable")[-len(part) :]
+        tokens.append(drawn[0][in_order])
+        logps.append(drawn[1][in_order])
     return _trimmed(np.concatenate(tokens), np.concatenate(logps), eos)
 
 
@@ -120,24 +122,24 @@ def _trimmed(tokens_BKM: np.ndarray, logp_BKM: np.ndarray, eos: int) -> Samples:
 
 @lru_cache(maxsize=16)
 def _compiled(
-    model: Model, n: int, max_tokens: int, eos: int, greedy: bool, by_k: bool, by_p: bool
+    model: Model,
+    n: int,
+    max_tokens: int,
+    eos: int,
+    greedy: bool,
+    by_k: bool,
+    by_p: bool,
+    packed: bool,
 ):
     """The jitted sampler of one model and one set of flags; rates and cuts are traced."""
 
-    def run(params, tokens_BP, length_B, record_B, first_B, key, *cuts):
+    def run(params, laid: PromptRows, width, record_B, first_B, key, *cuts):
         vocabulary, temperature, top_k, top_p = cuts
-        B, P = tokens_BP.shape
-        S = P + max_tokens
-        place_P = jnp.arange(P, dtype=jnp.int32)
-        real_BP = place_P[None, :] < length_B[:, None]
-        until_BP = jnp.where(real_BP, S, place_P[None, :] + 1)
-        positions_BP = jnp.where(real_BP, place_P[None, :], 0)
+        B, S, length_B = len(laid.length_B), width + max_tokens, laid.length_B
         params = model.apart(params)
-        last_B1 = jnp.maximum(length_B, 1)[:, None] - 1
-        places = tokens_BP, positions_BP, until_BP
-        last_B1D, cache = model.hidden_at(params, last_B1, *places, S)
+        last_BD, cache = (_dealt if packed else _read)(model, params, laid, width, S)
         cache = repeat_rows(cache, n)
-        hidden_RD = jnp.repeat(last_B1D[:, 0], n, axis=0)
+        hidden_RD = jnp.repeat(last_BD, n, axis=0)
         length_R = jnp.repeat(length_B, n)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, record_B)
         number_BK = first_B[:, None] + jnp.arange(n)[None, :]
@@ -177,7 +179,29 @@ def _compiled(
         *_, token_MR, logp_MR = jax.lax.while_loop(unfinished, step, start)
         return token_MR.T.reshape(B, n, max_tokens), logp_MR.T.reshape(B, n, max_tokens)
 
-    return jax.jit(run)
+    return jax.jit(run, static_argnames="width")
+
+
+def _read(model: Model, params: Params, laid: PromptRows, width: int, S: int):
+    """(hidden_BD, cache): the last token of every prompt, and a cache of S places that goes on
+    behind `width` of them; the prompts stand in rows of their own."""
+    real_RT = jnp.arange(width)[None, :] < laid.length_B[:, None]
+    until_RT = jnp.where(real_RT, S, laid.until_RT)  # what is drawn sees them too
+    places = laid.tokens_RT, laid.positions_RT, until_RT
+    hidden_RND, cache = model.hidden_at(params, laid.end_RN, *places, S)
+    return hidden_RND[:, 0], cache
+
+
+def _dealt(model: Model, params: Params, laid: PromptRows, width: int, S: int):
+    """`_read` of prompts that stand several in a row: read so, and then dealt out."""
+    assert model.dealt is not None
+    places = laid.tokens_RT, laid.positions_RT, laid.until_RT
+    room = laid.tokens_RT.shape[1] + width  # the last prompt of a row is cut out as wide as others
+    hidden_RND, cache = model.hidden_at(params, laid.end_RN, *places, room)
+    where = laid.row_B, laid.start_B, laid.length_B
+    cache = model.dealt(cache, *where, width=width, places=S)
+    picked = over_rows(lambda _, x, row, nth: x[row, nth], None, hidden_RND, laid.row_B, laid.nth_B)
+    return picked, cache
 
 
 def repeat_rows(cache, n: int):

@@ -123,6 +123,8 @@ class Model(NamedTuple):
     hidden_only: `hidden_at` without the work for other places; None = all are computed.
     apart: the params with every layer by itself, for a loop that reads them at each turn: slices of
     what lies together would be copied as often. They compute the same.
+    dealt: a cache with a row for every prompt, of one that was made of rows of several
+    (models/cache.py); None = a prompt is read in a row of its own.
     """
 
     init: Callable[[Key], Params]
@@ -133,6 +135,8 @@ class Model(NamedTuple):
     # (params, at_RN, tokens_RT, positions_RT, until_RT, cache=None) -> (hidden_RND, cache)
     hidden_only: Callable[..., tuple[jax.Array, Any]] | None = None
     apart: Callable[[Params], Params] = lambda params: params
+    # (cache, row_R, start_R, length_R, *, width, places) -> cache
+    dealt: Callable[..., Any] | None = None
 
     def hidden_at(self, params: Params, at_RN: Array, *places: Any) -> tuple[jax.Array, Any]:
         """(hidden_RND, cache): the hidden states at at_RN of each row; places as for `hidden`."""

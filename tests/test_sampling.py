@@ -1,5 +1,6 @@
 """The sampler against full forward passes, its own log-probs against the packed ones, its cuts."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -389,3 +390,43 @@ def test_few_prompts_fill_few_rows(monkeypatch):
     few = sample(model, PARAMS, PROMPTS[:3], key=KEY, eos=EOS, max_tokens=4, n=2)
     assert max(seen) == 8
     assert_equal(flat(few), flat(drawn(PROMPTS[:3], n=2, max_tokens=4)))
+
+
+@pytest.mark.parametrize(
+    ("unrolled", "mesh"),
+    [(8, None), (0, None), (8, {"data": 2, "fsdp": 2, "tensor": 2}), (0, {"data": -1})],
+)
+def test_prompts_read_several_in_a_row_draw_what_lone_ones_do(unrolled, mesh, monkeypatch):
+    """Rows of several are dealt out into a cache of their own, on the device that reads them."""
+    monkeypatch.setattr(transformer, "UNROLLED", unrolled)
+    model = decoder(replace(CONFIG, L=3, windows=(4, 0, 7)))
+    params = jax.tree.map(
+        lambda x: x + 0.15 * jax.random.normal(jax.random.key(5), x.shape),
+        model.init(jax.random.key(0)),
+    )
+    options = {"key": KEY, "eos": EOS, "max_tokens": 6, "n": 2}
+    lone = sample(model, params, PROMPTS, **options)
+    monkeypatch.setattr(sampling, "PACKED", 1)
+    devices = nullcontext() if mesh is None else jax.set_mesh(make_mesh(**mesh))
+    with devices:
+        assert_equal(flat(sample(model, params, PROMPTS, **options)), flat(lone))
+        # a call for each two of them
+        assert_equal(flat(sample(model, params, PROMPTS, rows=4, **options)), flat(lone))
+
+
+def test_prompts_in_a_row_are_read_together(monkeypatch):
+    """No more places than they fill, in eighths of the longest."""
+    monkeypatch.setattr(sampling, "PACKED", 1)
+    seen, whole = [], MODEL.hidden_only
+
+    def counted(params, at_RN, tokens_RT, *rest):
+        seen.append(tokens_RT.shape)
+        return whole(params, at_RN, tokens_RT, *rest)
+
+    model = MODEL._replace(hidden_only=counted)
+    assert_equal(
+        flat(sample(model, PARAMS, PROMPTS, key=KEY, eos=EOS, max_tokens=4)),
+        flat(drawn(max_tokens=4)),
+    )
+    ((R, T),) = set(seen)
+    assert R * T < sum(LENGTHS) + 8 < len(PROMPTS) * 32

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from dpo_jax.models import lora as low_rank
 from dpo_jax.models import rope
 from dpo_jax.models.asked import distinct, take
 from dpo_jax.models.block import Block, Layer, Shared, capped, norm, rms_norm, stored
+from dpo_jax.models.cache import Cache, dealt
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.rope import Scaling, rotary, rotate
 from dpo_jax.models.schedule import schedule
@@ -104,19 +104,6 @@ class Config:
     def kinds(self) -> list[str]:
         """The ropes that are used; a layer's is known by its place here."""
         return sorted(set(self.of_layers(self.ropes))) if self.positions == "rope" else []
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of S places, those of a head together, as products read them: an array for
-    each layer where layers run one after another, one for all, with L in front, where they run in a
-    loop. `index` is the first free place."""
-
-    k_RJSE: tuple[jax.Array, ...]
-    v_RJSE: tuple[jax.Array, ...]
-    until_RS: jax.Array
-    position_RS: jax.Array
-    index: jax.Array
 
 
 class Decoder(nn.Module):
@@ -350,7 +337,7 @@ def decoder(
 
     init = _drawn(config, dtype, lora)
     positions = config.P if config.positions == "learned" else None
-    return Model(init, hidden, unembed, positions, hidden_only, apart)
+    return Model(init, hidden, unembed, positions, hidden_only, apart, dealt)
 
 
 @lru_cache(maxsize=16)  # the same function for the same architecture, so that jax traces it once
