@@ -418,6 +418,7 @@ def test_prompts_in_a_row_are_read_together(monkeypatch):
     """No more places than they fill, in eighths of the longest."""
     monkeypatch.setattr(sampling, "PACKED", 1)
     seen, whole = [], MODEL.hidden_only
+    assert whole is not None
 
     def counted(params, at_RN, tokens_RT, *rest):
         seen.append(tokens_RT.shape)

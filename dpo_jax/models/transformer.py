@@ -177,6 +177,7 @@ class Decoder(nn.Module):
             x_RTD = take(x_RTD, these)
         else:
             ones = {kind: one_by_one(tree, L) for kind, tree in leaves.items()}
+            run = jax.jit(run)  # layers alike are traced once
             for layer, which in enumerate(one_by_one(each_layer, L)):
                 own = shared._replace(asked=these) if layer == L - 1 else shared
                 one = {kind: ones[kind][layer] for kind in ones}, which

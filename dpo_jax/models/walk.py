@@ -12,7 +12,7 @@ query heads that share a key/value head. Arrays without letters are tiles of r r
 k and v [r,J,W,E], scores [r,J,MQ,W].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -163,12 +163,12 @@ def forwards(rule: Rule, arrays: Inputs) -> Seen:
     r, X, kind = _rows(rule, q_RJMTE), T // Q, precise(q_RJMTE).dtype
 
     def block(i: jax.Array, made: Seen) -> Seen:
-        row, x = i // X * r, i % X
+        row, x = _block(i, r, X)
         q = _heads(_cut(q_RJMTE, QUERIES, row, x * Q, r, Q))
 
         def pair(n: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, sum_E = state
-            y = arrays.keys_RXY[row, x, n]
+            y = _one(arrays.keys_RXY, row, x, n)
             k, v = (_cut(all_RJTE, KEYS, row, y * W, r, W) for all_RJTE in (k_RJTE, v_RJTE))
             score, _ = _scores(rule, arrays, q, k, row, x, y)
             # a query that sees no key of this block adds what its own key will multiply by 0
@@ -199,13 +199,13 @@ def backwards(rule: Rule, kept: Kept) -> Slopes:
     mean_RJMT = jnp.sum(precise(slope_RJMTE) * precise(out_RJMTE), axis=-1)
 
     def block(i: jax.Array, made: Slopes) -> Slopes:
-        row, x = i // X * r, i % X
+        row, x = _block(i, r, X)
         reads = (q_RJMTE, slope_RJMTE, lse_RJMT, mean_RJMT)
         q, slope, lse, mean = (_heads(_cut(each, QUERIES, row, x * Q, r, Q)) for each in reads)
 
         def pair(n: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk_RJTE, dv_RJTE = state
-            y = arrays.keys_RXY[row, x, n]
+            y = _one(arrays.keys_RXY, row, x, n)
             k, v = (_cut(all_RJTE, KEYS, row, y * W, r, W) for all_RJTE in (k_RJTE, v_RJTE))
             score, bend = _scores(rule, arrays, q, k, row, x, y)
             weight = jnp.exp(score - lse[..., None])
@@ -273,7 +273,13 @@ def _rows(rule: Rule, q_RJMTE: jax.Array) -> int:
 
 def _pairs(rule: Rule, arrays: Inputs, row: jax.Array, x: jax.Array) -> jax.Array | int:
     """How many blocks of keys a block of queries walks; known to the compiler where it is one."""
-    return 1 if arrays.keys_RXY.shape[-1] == 1 else arrays.count_RX[row, x]
+    return 1 if arrays.keys_RXY.shape[-1] == 1 else _one(arrays.count_RX, row, x)
+
+
+def _block(i: jax.Array, r: int, X: int) -> tuple[jax.Array, jax.Array]:
+    """The first row of the i-th of all blocks of r rows, X in a row, and its number there."""
+    i, count = jnp.int32(i), jnp.int32(X)
+    return jax.lax.div(i, count) * r, jax.lax.rem(i, count)  # plain, for i is not negative
 
 
 def _heads(x: jax.Array) -> jax.Array:
@@ -285,14 +291,26 @@ def _cut(x: jax.Array, axis: int, row: Any, place: Any, rows: int, places: int) 
     """`places` places of `rows` rows from a row and a place on."""
     start, size = [0] * x.ndim, list(x.shape)
     start[0], start[axis], size[0], size[axis] = row, place, rows, places
-    return jax.lax.dynamic_slice(x, [jnp.int32(each) for each in start], size)
+    return _slice(x, start, size)
 
 
 def _put(x: jax.Array, piece: jax.Array, axis: int, row: Any, place: Any) -> jax.Array:
     """x with a piece written where `_cut` would read it."""
     start = [0] * x.ndim
     start[0], start[axis] = row, place
-    return jax.lax.dynamic_update_slice(x, piece, [jnp.int32(each) for each in start])
+    start = [jnp.int32(each) for each in start]
+    return jax.lax.dynamic_update_slice(x, piece, start, allow_negative_indices=False)
+
+
+def _one(x: jax.Array, *place: Any) -> jax.Array:
+    """The scalar at a place."""
+    return _slice(x, place, [1] * x.ndim).reshape(())
+
+
+def _slice(x: jax.Array, start: Sequence[Any], size: Sequence[int]) -> jax.Array:
+    """No start counts from the end: to look for that would be a kernel of its own for each."""
+    start = [jnp.int32(each) for each in start]
+    return jax.lax.dynamic_slice(x, start, size, allow_negative_indices=False)
 
 
 def _everywhere(function: Callable[[Any], Any], arrays: Any) -> Any:
