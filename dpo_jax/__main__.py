@@ -6,13 +6,11 @@ from dpo_jax import heap
 
 
 def start() -> int:
-    """Run the command in a process whose memory and devices are set up for it, and return its exit
-    status."""
+    """Run the command in a process whose memory is set up for it, and return its exit status."""
     heap.tuned()
-    from dpo_jax import cli, parallel  # behind it, for the process begins again
+    from dpo_jax.cli import main  # behind it, for the process begins again
 
-    parallel.part_cpu()
-    return cli.main()
+    return main()
 
 
 if __name__ == "__main__":

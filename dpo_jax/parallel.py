@@ -8,7 +8,6 @@ What lies where between two steps is a tree of shardings too: arrays below some 
 memory of the host, and `fetched` brings them to the devices inside a program.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dpo_jax.structs import BadInput, Batch
 
 AXES = ("data", "fsdp", "tensor")
-COUNTED = "--xla_force_host_platform_device_count"
 HOST = "pinned_host"  # the memory of the host that devices read and write by themselves
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 RULES = {
@@ -32,25 +30,6 @@ RULES = {
     "F": "tensor",
     "V": "tensor",
 }
-
-
-def part_cpu() -> None:
-    """Make two devices of a CPU that has two processors, unless the environment says how many.
-
-    XLA runs the loops of a program, that of attention among them, on one core of a CPU and one
-    after another. Two devices, each with its rows, keep two cores busy; docs/performance.md has
-    what that saves and costs. Call it before anything asks for devices.
-    """
-    told = "JAX_NUM_CPU_DEVICES" in os.environ or COUNTED in os.environ.get("XLA_FLAGS", "")
-    if not told and processors() > 1:
-        jax.config.update("jax_num_cpu_devices", 2)
-
-
-def processors() -> int:
-    """Those that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_mesh(
@@ -71,9 +50,7 @@ def make_mesh(
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if int(np.prod(sizes)) != count:
-        on_cpu = (devices or jax.devices())[0].platform == "cpu"
-        more = "; JAX_NUM_CPU_DEVICES=N in the environment makes N of a CPU" if on_cpu else ""
-        raise BadInput(f"{named}: the product must be the number of devices, {count}{more}")
+        raise BadInput(f"{named}: the product must be the number of devices, {count}")
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
@@ -227,7 +204,7 @@ def parts_of(rows: int) -> int:
     return 1 if parts == 1 or any(kinds[x] != AxisType.Auto for x in RULES["R"]) else parts
 
 
-def row_multiple(mesh: AnyMesh) -> int:
+def row_multiple(mesh: jax.sharding.Mesh) -> int:
     """Rows of a batch come in multiples of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

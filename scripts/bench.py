@@ -218,7 +218,7 @@ def hardware() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{parallel.processors()} processors, {names[0] if names else device}"
+    return f"{len(os.sched_getaffinity(0))} processors, {names[0] if names else device}"
 
 
 def commit() -> str:
@@ -294,5 +294,4 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     heap.tuned()
-    parallel.part_cpu()
     main()

@@ -117,5 +117,4 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     heap.tuned()
-    parallel.part_cpu()
     main()

@@ -70,7 +70,7 @@ def marked(marks: str, argv: list[str]) -> None:
     """`dpo-jax ARGV`, which notes in a file when a phase ends and what jax says it compiled."""
     from dpo_jax import heap
 
-    heap.tuned()
+    heap.tuned()  # as the command begins
     with open(marks, "w", buffering=1) as file:
 
         def mark(name: str, **more: float) -> None:
@@ -90,9 +90,8 @@ def marked(marks: str, argv: list[str]) -> None:
         mark("interpreter")
         import jax
 
-        from dpo_jax import build, cli, parallel, train
+        from dpo_jax import build, cli, train
 
-        parallel.part_cpu()
         mark("imports")
         jax.monitoring.register_event_duration_secs_listener(
             lambda event, duration_secs, **kwargs: mark(event, seconds=duration_secs)

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import pytest
 from test_layering import HEAVY
 from tiny_runs import SFT
 
 from dpo_jax import build, parts
 from dpo_jax.member import Member
-from dpo_jax.parallel import processors
 from dpo_jax.train import Stepper, run
 
 KEPT = """
@@ -23,12 +21,6 @@ cli._keep_compilations()
 jax.jit(lambda x: x + 1)(1)
 print(jax.config.jax_compilation_cache_dir)
 """
-DEVICES = """
-import jax
-from dpo_jax import __main__, cli
-cli.main = lambda: print(jax.device_count())
-__main__.start()
-"""
 NAMED = """
 import sys
 from dpo_jax import cli, train
@@ -37,10 +29,9 @@ print(*sys.modules)
 """
 
 
-def python(code: str, *, without: str = "", **environment: str) -> list[str]:
-    """The last line that a process prints, in words; `without` a variable of the environment."""
+def python(code: str, **environment: str) -> list[str]:
+    """The last line that a process prints, in words."""
     given = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
-    given.pop(without, None)
     done = subprocess.run(
         [sys.executable, "-c", code], env=given | environment, capture_output=True, text=True
     )
@@ -58,19 +49,6 @@ def test_the_environment_says_where_programs_are_kept(tmp_path):
     elsewhere = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "x")}
     assert python(KEPT, **elsewhere) == [str(tmp_path / "x")]
     assert not (tmp_path / "dpo_jax").exists()
-
-
-def test_the_command_parts_a_cpu_of_two_processors():
-    expected = "2" if processors() > 1 else "1"
-    assert python(DEVICES, without="XLA_FLAGS") == [expected]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("JAX_NUM_CPU_DEVICES", "3"), ("XLA_FLAGS", "--xla_force_host_platform_device_count=3")],
-)
-def test_the_environment_says_how_many_devices_a_cpu_is(name, value):
-    assert python(DEVICES, without="XLA_FLAGS", **{name: value}) == ["3"]
 
 
 def test_naming_an_experiment_imports_nothing_heavy(repository, monkeypatch):
