@@ -29,10 +29,10 @@ def tuned() -> None:
 
 
 def _spare_libtpu() -> None:
-    """Keep jax from loading libtpu where that has nothing to drive, for it is installed to compile
-    as well: 100 MB, and five lines on stderr about TPUs that are not there."""
+    """Keep jax from loading libtpu, which is installed to compile as well, where it has no TPU to
+    drive: 100 MB, and lines on stderr. jax_plugins are for devices of other kinds."""
     here = any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()
-    if find_spec("libtpu") and not here and not find_spec("jax_plugins"):  # those of other devices
+    if find_spec("libtpu") and not here and not find_spec("jax_plugins"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
