@@ -3,6 +3,7 @@ step's temporaries anew in every step, and Linux for several regions for every p
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"  # read by glibc when a process starts, and never again
@@ -20,10 +21,19 @@ def tuned() -> None:
     the processor has addresses of at hand; docs/performance.md has what that costs. Call it before
     anything that may not happen twice.
     """
+    _spare_libtpu()
     if sys.platform == "linux" and TUNABLES not in os.environ:
         settings = (f"glibc.malloc.{name}={value}" for name, value in WANTED.items())
         os.environ[TUNABLES] = ":".join(settings)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _spare_libtpu() -> None:
+    """Keep jax from loading libtpu, which is installed to compile as well, where it has no TPU to
+    drive: 100 MB, and lines on stderr. jax_plugins are for devices of other kinds."""
+    here = any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()
+    if find_spec("libtpu") and not here and not find_spec("jax_plugins"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def relieved() -> bool:

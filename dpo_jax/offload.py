@@ -92,11 +92,17 @@ def applied(
     for turn, own in enumerate(_belonging(opt_state, params)):
 
         def one(mine: list[Any], turn: int = turn, own: list[int] = own) -> list[Any]:
-            old = list(leaves)
-            for i, x in zip(own, mine[1:], strict=True):
-                old[i] = x
-            moved, state = map(jax.tree.leaves, step(structure.unflatten(fetched(old))))
-            return [moved[turn], *(returned(state[i], leaves[i]) for i in own)]
+            def stepped(_: jax.Array, mine: list[Any]) -> list[Any]:
+                old = fetched(leaves)
+                for i, x in zip(own, mine[1:], strict=True):
+                    old[i] = x
+                moved, state = map(jax.tree.leaves, step(structure.unflatten(old)))
+                return [moved[turn], *(state[i] for i in own)]
+
+            # What a loop carries is written where it lies: new moments take the place of old ones.
+            # XLA would undo a loop that it knows to turn once.
+            weight, *state = jax.lax.fori_loop(0, jnp.int32(good), stepped, fetched(mine))
+            return [weight, *(returned(x, leaves[i]) for i, x in zip(own, state, strict=True))]
 
         mine = [weights[turn], *(leaves[i] for i in own)]
         weights[turn], *found = jax.lax.cond(good, one, lambda mine: mine, mine)

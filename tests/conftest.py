@@ -8,8 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,21 @@ def compilation_cache() -> Path:
         return Path(tempfile.mkdtemp(prefix="dpo_jax_xla_"))
 
 
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+LIBTPU = installed("libtpu")
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Level 0 halves the time spent compiling and the older emitters take a third off what is left;
 # results agree to float32 rounding. XLA aborts on a flag it does not know, and libtpu has an XLA of
-# its own: the second only where it was tried.
-OLDER = version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None
+# its own that reads the same variable: the second only where it was tried.
+OLDER = version("jaxlib").startswith("0.10.") and (LIBTPU or "0.0.42").startswith("0.0.42")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -79,6 +88,13 @@ def relief() -> None:
 def repository() -> Path:
     """The folder that holds pyproject.toml."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+    """For tests that compile for TPUs, which needs none of them."""
+    if LIBTPU is None:
+        pytest.skip("libtpu is not installed: the extra test has it on Linux x86_64")
 
 
 @pytest.fixture(scope="session")

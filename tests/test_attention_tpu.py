@@ -1,7 +1,6 @@
 """The kernels for TPUs: their list, their values and gradients in interpret mode against `dense`,
 and compiled for a v5e where libtpu is installed, without a TPU."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from tiny import relative_error
 from dpo_jax import parallel
 from dpo_jax.models import attention, attention_tpu, schedule, walk
 from dpo_jax.models.attention_tpu import FIRST, KEY_AT, LAST, LIVE, QUERY_AT
+from dpo_jax.plan.devices import QUIET
 
 
 @pytest.fixture
@@ -119,15 +119,10 @@ for dtype, E, options in (
 """
 
 
-def test_they_compile_for_a_v5e_without_one(repository):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install libtpu compiles for TPUs on any machine")
-    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # it takes a lock that only a TPU wants
-    environment = os.environ | quiet | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+def test_they_compile_for_a_v5e_without_one(libtpu, repository):
     done = subprocess.run(
         [sys.executable, "-c", AHEAD],
-        env=environment,
+        env=os.environ | QUIET | {"JAX_PLATFORMS": "cpu"},
         cwd=repository,
         capture_output=True,
         text=True,

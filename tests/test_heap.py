@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -94,6 +95,21 @@ def test_the_command_says_the_same_with_and_without():
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         told.append((run.returncode, run.stdout, run.stderr))
     assert told[0] == told[1] and told[0][0] == 0 and "dpo-jax" in told[0][1]
+
+
+@pytest.mark.parametrize(("chosen", "platforms"), [(None, "cpu"), ("tpu,cpu", "tpu,cpu")])
+def test_libtpu_is_not_loaded_where_there_is_no_tpu(libtpu, chosen, platforms):
+    if Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*")) or find_spec("jax_plugins"):
+        pytest.skip("there may be a TPU here, or another device with a plugin")
+    plain = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    program = "from dpo_jax import heap; heap.tuned(); import jax; print(jax.config.jax_platforms)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=plain | ({"JAX_PLATFORMS": chosen} if chosen else {}),
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout.strip(), run.stderr) == (platforms, "")
 
 
 def test_memory_is_kept_and_asks_for_huge_pages():

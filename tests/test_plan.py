@@ -1,6 +1,5 @@
 """Plans: bytes, flops, bytes moved and collectives by hand, on meshes of the CPU and for TPUs."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -360,12 +359,6 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsy
 
 
 # TPUs, without one
-
-
-@pytest.fixture
-def libtpu():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'dpo-jax[plan]'")
 
 
 def test_a_list_of_topologies(libtpu):

@@ -68,10 +68,11 @@ def topology(name: str) -> Target:
 
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    options: dict[str, Any] = {"chip_config_name": GENERATIONS[generation][1]}
+    if set(shape) <= set("1x"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # four where it is not said
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chip_config_name=GENERATIONS[generation][1]
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, NotImplementedError) as error:  # libtpu's word on shapes
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error)
         raise BadInput(f"--topology {name}: {reason}; {_remedy(generation, shape)}") from None
