@@ -204,7 +204,7 @@ def parts_of(rows: int) -> int:
     return 1 if parts == 1 or any(kinds[x] != AxisType.Auto for x in RULES["R"]) else parts
 
 
-def row_multiple(mesh: jax.sharding.Mesh) -> int:
+def row_multiple(mesh: AnyMesh) -> int:
     """Rows of a batch come in multiples of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
