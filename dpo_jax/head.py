@@ -306,23 +306,6 @@ def _size(places: int, vocabulary: int) -> int:
     return -(-places // -(-places // most))
 
 
-def _order(
-    used_P: jax.Array, count: jax.Array, *, moves: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """(the place that each token of the line is read at, the token that each place is given).
-
-    Tokens that are used move to the front; where all are read at once none has to, and there is no
-    rank. In place of what is not used, a token is read that is.
-    """
-    place_P = jnp.arange(len(used_P), dtype=jnp.int32)
-    if not moves:
-        last = jnp.max(jnp.where(used_P, place_P, 0))
-        return jnp.where(used_P, place_P, last), None
-    order_P = jnp.argsort(~used_P, stable=True)
-    last = jnp.take(order_P, count - 1, mode="clip")
-    return jnp.where(place_P < count, order_P, last), jnp.cumsum(used_P) - 1
-
-
 def _walk(one: Callable, vocabulary: int, line: Any, carry: Any, rows: Any, slope: Any) -> Any:
     """one(carry, (tokens, slope)) over chunks of the tokens that are used; the carry at the end,
     and what it gave, as arrays that lead with RN, 0 where a token is not used.
@@ -336,18 +319,17 @@ def _walk(one: Callable, vocabulary: int, line: Any, carry: Any, rows: Any, slop
     turns = (most + size - 1) // size
     used_P = used_RN.reshape(-1)
     count = jnp.sum(used_P, dtype=jnp.int32)
-    order_P, rank_P = _order(used_P, count, moves=chunks > 1)
+    order_P = jnp.argsort(~used_P, stable=True)
 
     def cut(i: jax.Array) -> Any:
         at_C = i * size + jnp.arange(size, dtype=jnp.int32)
-        place_C = jnp.take(order_P, at_C, mode="clip")
-        used_C = used_P if rank_P is None else at_C < count
+        place_C = jnp.take(order_P, jnp.minimum(at_C, count - 1), mode="clip")
 
         def taken(x_RN: jax.Array) -> jax.Array:
             x_P = x_RN.reshape(R * N, *x_RN.shape[2:])
             return jnp.take(x_P, place_C, axis=0, mode="clip")
 
-        slopes = jax.tree.map(lambda x_RN: jnp.where(used_C, taken(x_RN), 0.0), slope)
+        slopes = jax.tree.map(lambda x_RN: jnp.where(at_C < count, taken(x_RN), 0.0), slope)
         return jax.tree.map(taken, rows), slopes
 
     def left(state: Any) -> jax.Array:
@@ -361,9 +343,10 @@ def _walk(one: Callable, vocabulary: int, line: Any, carry: Any, rows: Any, slop
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
         return i + 1, after, jax.tree.map(put, made, out)
 
+    rank_P = jnp.cumsum(used_P) - 1
+
     def laid(x_P: jax.Array) -> jax.Array:
-        x_P = x_P if rank_P is None else jnp.take(x_P, rank_P, axis=0, mode="clip")
-        x_RN = x_P.reshape(R, N, *x_P.shape[1:])
+        x_RN = jnp.take(x_P, rank_P, axis=0, mode="clip").reshape(R, N, *x_P.shape[1:])
         return jnp.where(used_RN.reshape(R, N, *[1] * (x_RN.ndim - 2)), x_RN, 0.0)
 
     kinds = jax.eval_shape(lambda i: one(carry, cut(i))[1], jnp.int32(0))
